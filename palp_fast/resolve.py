@@ -1,0 +1,175 @@
+"""From the settings a user gave to the settings a run uses: presets, method defaults, subjects, checks across fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from palp_fast import prompts
+from palp_fast.config import Subject, TrainConfig
+from palp_fast.data import image_digest, image_sources
+from palp_fast.errors import ConfigError
+
+# Batch x accumulation is 32 in the paper; a given batch_size or grad_accumulation sets the other one.
+_PAPER_BATCH = 32
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "alpha": 15.0,
+        "beta": 7.5,
+        "residual_weight": 1.0,
+        "rank": 32,
+        "steps": 500,
+        "batch_size": 1,
+        "grad_accumulation": _PAPER_BATCH,
+        "lr": 5e-5,
+        "token_lr": 5e-5,
+        "timesteps": "uniform",
+        "optimizer": "adamw",
+    }
+}
+# What a method needs differently; sds and nfsd have no student guidance, so their beta is 1.
+_METHOD_DEFAULTS: dict[str, dict[str, Any]] = {"nfsd": {"alpha": 7.5, "rescale": False}}
+_WITHOUT_STUDENT_GUIDANCE = ("sds", "nfsd")
+# They decide where files go and how often, not what is learned; the one-subject fields are inside `subjects` by then.
+_NOT_IN_FINGERPRINT = ("output_dir", "resume", "sample_every", "checkpoint_every", "preset", "images", "class_noun",
+                       "subject_prompt", "token")  # fmt: skip
+
+
+def resolve(cfg: TrainConfig) -> TrainConfig:
+    """See TrainConfig.resolved."""
+    values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
+    values |= {**_preset(cfg), **_METHOD_DEFAULTS.get(cfg.method, {}), **cfg.given}
+    if cfg.method in _WITHOUT_STUDENT_GUIDANCE:
+        values["beta"] = 1.0
+    values["subjects"] = _with_tokens(_folded(cfg), cfg.token_vectors)
+    values |= {"images": None, "class_noun": None, "token": None, "subject_prompt": "a photo of [V]"}
+    values["lora_alpha"] = values["lora_alpha"] or float(values["rank"])
+    values["memory"] = "fast" if cfg.memory == "auto" else cfg.memory
+    values["cuda_graph"] = False
+    values["device"] = _device(cfg.device)
+    values["base_dtype"] = _base_dtype(cfg.base_dtype, values["device"])
+    if cfg.lora_targets == "none" and not cfg.learn_token:
+        raise ConfigError("lora_targets: 'none' with learn_token False trains nothing; allowed: one of the two")
+    prompts.check(TrainConfig(**values))
+    if values["clean_prompt"] is None:
+        values["clean_prompt"] = prompts.clean_prompt(cfg.prompt, values["subjects"])
+    _check_output_dir(cfg.output_dir)
+    return TrainConfig(**values)
+
+
+def _preset(cfg: TrainConfig) -> dict[str, Any]:
+    preset = dict(PRESETS.get(cfg.preset, {}))
+    if cfg.preset == "paper":
+        for one, other in (("batch_size", "grad_accumulation"), ("grad_accumulation", "batch_size")):
+            if one in cfg.given:
+                preset[other] = max(1, _PAPER_BATCH // cfg.given[one])
+    return preset
+
+
+def _folded(cfg: TrainConfig) -> tuple[Subject, ...]:
+    """The subjects with their photos listed; one subject given by images and class_noun has the placeholder [V]."""
+    if cfg.subjects is None:
+        for name in ("images", "class_noun"):
+            if getattr(cfg, name) is None:
+                raise ConfigError(f"{name}: missing; give images and class_noun for one subject, or subjects for several")
+        subjects = (Subject(cfg.images, cfg.class_noun, "[V]", cfg.subject_prompt, cfg.token),)
+        fields = ["images"]
+    else:
+        subjects, fields = cfg.subjects, [f"subjects[{i}].images" for i in range(len(cfg.subjects))]
+        for name in ("images", "class_noun", "token"):
+            if getattr(cfg, name) is not None:
+                raise ConfigError(f"{name}: {getattr(cfg, name)!r} is given together with subjects; put it into a Subject")
+        if cfg.subject_prompt != "a photo of [V]":
+            raise ConfigError(f"subject_prompt: {cfg.subject_prompt!r} is given together with subjects; use Subject.prompt")
+    return tuple(
+        subject.replace(
+            images=tuple(image_sources(subject.images, field)),
+            class_noun=re.sub(r"^\s*(an?|the)\s+(?=\S)", "", subject.class_noun, flags=re.IGNORECASE).strip(),
+            prompt=_own_prompt(subject),
+        )
+        for subject, field in zip(subjects, fields, strict=True)
+    )
+
+
+def _own_prompt(subject: Subject) -> str:
+    """The default prompt speaks of the subject's own placeholder, whatever its name."""
+    return subject.prompt if "prompt" in subject.given else f"a photo of {subject.placeholder}"
+
+
+def _with_tokens(subjects: tuple[Subject, ...], vectors: int) -> tuple[Subject, ...]:
+    """Token words for subjects that have none: "my_" and the class noun, numbered where a word is taken."""
+    taken: set[str] = set()
+    for subject in subjects:
+        if subject.token is not None:
+            _take(subject.token, vectors, taken)
+    named = []
+    for subject in subjects:
+        token = subject.token
+        if token is None:
+            token = _free_word(subject.class_noun, vectors, taken)
+            _take(token, vectors, taken)
+        named.append(subject.replace(token=token))
+    return tuple(named)
+
+
+def _take(token: str, vectors: int, taken: set[str]) -> None:
+    words = {word.lower() for word in prompts.token_words(token, vectors)}
+    if words & taken:
+        raise ConfigError(f"token: {token!r} names two subjects (or a vector of another one); each needs a word of its own")
+    taken |= words
+
+
+def _free_word(class_noun: str, vectors: int, taken: set[str]) -> str:
+    slug = "_".join(re.findall(r"[a-z0-9]+", class_noun.lower())) or "subject"
+    names = (f"my_{slug}" if i == 1 else f"my_{slug}{i}" for i in range(1, len(taken) + 2))
+    return next(name for name in names if taken.isdisjoint(prompts.token_words(name, vectors)))
+
+
+def _device(device: str) -> str:
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda"):
+        count = torch.cuda.device_count()
+        if int(device.partition(":")[2] or 0) >= count:
+            raise ConfigError(f"device: {device!r} is not allowed; torch sees {count} CUDA devices here, 'cpu' always works")
+    return device
+
+
+def _base_dtype(dtype: str, device: str) -> str:
+    """fp32 on CPU; on CUDA bf16 where the card computes in it, otherwise fp16."""
+    import torch
+
+    if dtype != "auto":
+        return dtype
+    if device == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+
+
+def _check_output_dir(output_dir: str) -> None:
+    """Whether the folder exists or can be created, without creating it."""
+    folder = Path(os.path.abspath(output_dir))
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise ConfigError(f"output_dir: {output_dir!r} is not allowed; {str(existing)!r} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"output_dir: {output_dir!r} is not allowed; no permission to write in {str(existing)!r}")
+
+
+def fingerprint(cfg: TrainConfig) -> str:
+    """See TrainConfig.fingerprint."""
+    cfg = resolve(cfg)
+    values = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name not in _NOT_IN_FINGERPRINT}
+    values["subjects"] = [
+        {f.name: getattr(subject, f.name) for f in dataclasses.fields(subject)}
+        | {"images": [image_digest(source) for source in subject.images]}
+        for subject in cfg.subjects
+    ]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
