@@ -1,0 +1,137 @@
+"""Argument checks of the operators: shapes and types, never values. Errors name the argument and what is allowed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATING_NAMES = "torch.float16, torch.bfloat16, torch.float32, torch.float64"
+
+
+def floating(name: str, value: Tensor) -> None:
+    """A tensor of a floating dtype and at least one dimension."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}={value!r}: allowed is a floating tensor")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name} has dtype {value.dtype}: allowed are {FLOATING_NAMES}")
+
+
+def image(name: str, value: Tensor) -> None:
+    """A floating [B, C, H, W] tensor."""
+    floating(name, value)
+    if value.dim() != 4:
+        raise ValueError(f"{name} has shape {list(value.shape)}: allowed is [B, C, H, W]")
+
+
+def image_like(name: str, value: Tensor, like: Tensor) -> None:
+    """A floating tensor of the shape and on the device of `like`."""
+    floating(name, value)
+    _shape(name, value, like.shape)
+    _device(name, value, like)
+
+
+def table(name: str, value: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """A floating tensor of the given shape on the device of `like`."""
+    floating(name, value)
+    _shape(name, value, shape)
+    _device(name, value, like)
+
+
+def per_sample(name: str, value: Tensor | None, like: Tensor, required: bool = False) -> None:
+    """[B] floating on the device of `like`, or None unless required."""
+    if value is not None or required:
+        table(name, value, (like.shape[0],), like)
+
+
+def mask(name: str, value: Tensor | None, like: Tensor) -> Tensor | None:
+    """[B, 1, H, W] floating or bool, or None; returned as floating."""
+    if isinstance(value, Tensor) and value.dtype == torch.bool:
+        value = value.to(torch.float32)
+    if value is not None:
+        table(name, value, (like.shape[0], 1, *like.shape[2:]), like)
+    return value
+
+
+def indices(name: str, value: Tensor, like: Tensor) -> None:
+    """[B] int64 on the device of `like`."""
+    if not isinstance(value, Tensor) or value.dtype != torch.int64:
+        given = value.dtype if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{name}: {given} given, allowed is an int64 tensor [B]")
+    _shape(name, value, (like.shape[0],))
+    _device(name, value, like)
+
+
+def schedule(name: str, value: Tensor, like: Tensor) -> None:
+    """[T] floating, T >= 1, on the device of `like`."""
+    floating(name, value)
+    if value.dim() != 1 or value.shape[0] == 0:
+        raise ValueError(f"{name} has shape {list(value.shape)}: allowed is [T] with T >= 1")
+    _device(name, value, like)
+
+
+def number(name: str, value: float) -> None:
+    """A finite Python number."""
+    # SymFloat and SymInt stand for Python numbers while torch.compile traces.
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}={value!r}: allowed is a finite number")
+    if not -float("inf") < value < float("inf"):
+        raise ValueError(f"{name}={value!r}: allowed is a finite number")
+
+
+def integer(name: str, value: int, minimum: int) -> None:
+    """A Python int of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}={value!r}: allowed is an int >= {minimum}")
+    if value < minimum:
+        raise ValueError(f"{name}={value}: allowed is an int >= {minimum}")
+
+
+def counter(name: str, value: int | Tensor, like: Tensor) -> Tensor:
+    """An int, or a 0-d int64 tensor on the CPU or the device of `like`; returned as a tensor."""
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64 or value.dim() != 0:
+            given = f"{value.dtype} of shape {list(value.shape)}"
+            raise TypeError(f"{name} is {given}: allowed is an int or a 0-d int64 tensor")
+        if value.device.type != "cpu":
+            _device(name, value, like)
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}={value!r}: allowed is an int or a 0-d int64 tensor")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}={value}: allowed is a 64-bit int")
+    return torch.full((), value, dtype=torch.int64)
+
+
+def gate(name: str, value: Tensor, x: Tensor) -> Tensor | None:
+    """A per-sample factor [B] for x [B, ..., d]."""
+    if x.dim() < 2:
+        raise ValueError(f"{name} is a tensor but x has shape {list(x.shape)}: allowed is x [B, ..., d_in], or a float")
+    table(name, value, (x.shape[0],), x)
+    return value
+
+
+def lora(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
+    """Shapes [d_out, d_in], [d_out], [r, d_in], [d_out, r] that fit each other and x [..., d_in]."""
+    for name, value in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
+        floating(name, value)
+        if value.dim() != 2:
+            raise ValueError(f"{name} has shape {list(value.shape)}: allowed is a matrix")
+        _device(name, value, x)
+    d_out, d_in = weight.shape
+    if x.dim() == 0 or x.shape[-1] != d_in:
+        raise ValueError(f"x has shape {list(x.shape)}: allowed is [..., {d_in}], the width of weight")
+    _shape("lora_a", lora_a, (lora_b.shape[1], d_in))
+    _shape("lora_b", lora_b, (d_out, lora_a.shape[0]))
+    if bias is not None:
+        table("bias", bias, (d_out,), x)
+
+
+def _shape(name: str, value: Tensor, shape) -> None:
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {list(value.shape)}: allowed is {list(shape)}")
+
+
+def _device(name: str, value: Tensor, like: Tensor) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}: allowed is {like.device}, where the first argument is")

@@ -1,0 +1,215 @@
+"""Operator schemas, shape functions and gradients (torch.library), one block per operator.
+
+Each operator has two overloads: `default`, which the dispatcher sends to the library compiled for the device if
+there is one, and `reference`, which always runs the plain PyTorch version. Backward passes are operators too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from palp_fast import backend
+from palp_fast.reference.add_noise import add_noise_bwd_ref, add_noise_ref
+from palp_fast.reference.dtypes import compute_dtype
+from palp_fast.reference.lora_linear import lora_linear_bwd_ref, lora_linear_ref
+from palp_fast.reference.renoise import renoise_bwd_ref, renoise_ref
+from palp_fast.reference.score_combination import score_combination_bwd_ref, score_combination_ref
+
+_library = torch.library.Library("palp_fast", "DEF")
+OVERLOADS = ("default", "reference")
+
+
+def _register(name: str, schema: str, reference: Callable, fake: Callable) -> None:
+    for overload in OVERLOADS:
+        qualified = name if overload == "default" else f"{name}.{overload}"
+        _library.define(qualified + schema, tags=torch.Tag.pt2_compliant_tag)
+        _library.impl(qualified, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"palp_fast::{qualified}", fake, lib=_library)
+
+
+def _differentiable(name: str, setup_context: Callable, backward: Callable[[object, str], Callable]) -> None:
+    """`backward` is told which overload of the backward operator belongs to the forward one."""
+    for overload in OVERLOADS:
+        op = getattr(getattr(torch.ops.palp_fast, name), overload)
+        bwd = getattr(getattr(torch.ops.palp_fast, name + "_bwd"), overload)
+        torch.library.register_autograd(op, backward(bwd), setup_context=setup_context, lib=_library)
+        torch.library.register_autograd(bwd, _no_second_derivative(name), lib=_library)
+
+
+def _no_second_derivative(name: str) -> Callable:
+    def backward(ctx, *grads):
+        raise RuntimeError(f"palp_fast {name}: second derivatives are not available")
+
+    return backward
+
+
+def _empty(like: Tensor, shape, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+# score_combination
+
+
+def _score_fake(pred, target, predictions, coefficients, residual_weight, residual_scale, sample_weight, mask):
+    dtype = compute_dtype([pred, target, *predictions])
+    return _empty(pred, (), dtype), _empty(pred, (pred.shape[0], 3), dtype), _empty(pred, pred.shape, dtype)
+
+
+def _score_setup(ctx, inputs, output):
+    _, stats, gradient = output
+    ctx.mark_non_differentiable(stats, gradient)
+    ctx.save_for_backward(gradient)
+    ctx.dtype = inputs[0].dtype
+    ctx.terms = len(inputs[2])
+
+
+def _score_backward(bwd: Callable) -> Callable:
+    def backward(ctx, d_loss, d_stats, d_gradient):
+        (gradient,) = ctx.saved_tensors
+        return bwd(d_loss, gradient, ctx.dtype), None, [None] * ctx.terms, None, None, None, None, None
+
+    return backward
+
+
+_register(
+    "score_combination",
+    "(Tensor pred, Tensor target, Tensor[] predictions, Tensor coefficients, float residual_weight, "
+    "Tensor? residual_scale, Tensor? sample_weight, Tensor? mask) -> (Tensor, Tensor, Tensor)",
+    score_combination_ref,
+    _score_fake,
+)
+_register(
+    "score_combination_bwd",
+    "(Tensor grad_output, Tensor gradient, ScalarType dtype) -> Tensor",
+    score_combination_bwd_ref,
+    lambda grad_output, gradient, dtype: _empty(gradient, gradient.shape, dtype),
+)
+_differentiable("score_combination", _score_setup, _score_backward)
+
+
+# renoise
+
+
+def _renoise_fake(x_t, eps_pred, noise, alpha_bar, alpha_bar_new, copies, dtype):
+    return _empty(x_t, (copies * x_t.shape[0], *x_t.shape[1:]), dtype or x_t.dtype)
+
+
+def _renoise_setup(ctx, inputs, output):
+    x_t, eps_pred, noise, alpha_bar, alpha_bar_new, copies, _ = inputs
+    ctx.save_for_backward(alpha_bar, alpha_bar_new)
+    ctx.copies = copies
+    ctx.dtypes = (compute_dtype([x_t, eps_pred, noise]), x_t.dtype, eps_pred.dtype, noise.dtype)
+
+
+def _renoise_backward(bwd: Callable) -> Callable:
+    def backward(ctx, grad):
+        alpha_bar, alpha_bar_new = ctx.saved_tensors
+        d_x, d_eps, d_noise = bwd(grad, alpha_bar, alpha_bar_new, ctx.copies, *ctx.dtypes)
+        return d_x, d_eps, d_noise, None, None, None, None
+
+    return backward
+
+
+def _renoise_bwd_fake(grad, alpha_bar, alpha_bar_new, copies, compute, x_dtype, eps_dtype, noise_dtype):
+    shape = (alpha_bar.shape[0], *grad.shape[1:])
+    return tuple(_empty(grad, shape, dtype) for dtype in (x_dtype, eps_dtype, noise_dtype))
+
+
+_register(
+    "renoise",
+    "(Tensor x_t, Tensor eps_pred, Tensor noise, Tensor alpha_bar, Tensor? alpha_bar_new, SymInt copies, "
+    "ScalarType? dtype) -> Tensor",
+    renoise_ref,
+    _renoise_fake,
+)
+_register(
+    "renoise_bwd",
+    "(Tensor grad, Tensor alpha_bar, Tensor? alpha_bar_new, SymInt copies, ScalarType compute, ScalarType x_dtype, "
+    "ScalarType eps_dtype, ScalarType noise_dtype) -> (Tensor, Tensor, Tensor)",
+    renoise_bwd_ref,
+    _renoise_bwd_fake,
+)
+_differentiable("renoise", _renoise_setup, _renoise_backward)
+
+
+# add_noise
+
+
+def _add_noise_setup(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(inputs[1], inputs[2])
+
+
+def _add_noise_backward(bwd: Callable) -> Callable:
+    def backward(ctx, d_x_t, d_noise):
+        t, alphas_cumprod = ctx.saved_tensors
+        return bwd(d_x_t, t, alphas_cumprod), None, None, None, None, None, None
+
+    return backward
+
+
+_register(
+    "add_noise",
+    "(Tensor x0, Tensor t, Tensor alphas_cumprod, Tensor seed, Tensor step, Tensor sample_offset, int stream) "
+    "-> (Tensor, Tensor)",
+    add_noise_ref,
+    lambda x0, *_: (_empty(x0, x0.shape, x0.dtype), _empty(x0, x0.shape, x0.dtype)),
+)
+_register(
+    "add_noise_bwd",
+    "(Tensor grad, Tensor t, Tensor alphas_cumprod) -> Tensor",
+    add_noise_bwd_ref,
+    lambda grad, t, alphas_cumprod: _empty(grad, grad.shape, grad.dtype),
+)
+_differentiable("add_noise", _add_noise_setup, _add_noise_backward)
+
+
+# lora_linear
+
+
+def _lora_fake(x, weight, bias, lora_a, lora_b, scale, gate):
+    rows = x.shape[:-1]
+    low_dtype = compute_dtype([x, lora_a])
+    return _empty(x, (*rows, weight.shape[0]), x.dtype), _empty(x, (*rows, lora_a.shape[0]), low_dtype)
+
+
+def _lora_setup(ctx, inputs, output):
+    x, weight, _, lora_a, lora_b, scale, gate = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, output[1], weight, lora_a, lora_b, gate)
+    ctx.scale = scale
+
+
+def _lora_backward(bwd: Callable) -> Callable:
+    def backward(ctx, d_y, d_low):
+        need_x, need_a, need_b = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+        d_x, d_a, d_b = bwd(d_y, *ctx.saved_tensors[:-1], ctx.scale, ctx.saved_tensors[-1], need_x)
+        return d_x if need_x else None, None, None, d_a if need_a else None, d_b if need_b else None, None, None
+
+    return backward
+
+
+def _lora_bwd_fake(grad, x, low, weight, lora_a, lora_b, scale, gate, need_x):
+    return _empty(x, x.shape if need_x else (0,), x.dtype), torch.empty_like(lora_a), torch.empty_like(lora_b)
+
+
+_register(
+    "lora_linear",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scale, Tensor? gate) "
+    "-> (Tensor, Tensor)",
+    lora_linear_ref,
+    _lora_fake,
+)
+_register(
+    "lora_linear_bwd",
+    "(Tensor grad, Tensor x, Tensor low, Tensor weight, Tensor lora_a, Tensor lora_b, float scale, Tensor? gate, "
+    "bool need_x) -> (Tensor, Tensor, Tensor)",
+    lora_linear_bwd_ref,
+    _lora_bwd_fake,
+)
+_differentiable("lora_linear", _lora_setup, _lora_backward)
+
+backend.load_library()

@@ -1,0 +1,59 @@
+"""lora_linear: a frozen projection with a low-rank term that is never merged into the weight.
+
+    y = x W^T + bias + scale (x A^T) B^T
+
+Merging loses the update: a bf16 weight swallows most of a small B A (PERFORMANCE.md). Here the frozen product
+runs in the dtype of x, the low-rank term in fp32 (fp64 for fp64), and the sum is rounded once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from palp_fast.reference.dtypes import compute_dtype, per_sample
+
+
+def lora_linear_ref(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float, gate: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(y [..., d_out] in the dtype of x, low = x A^T [..., r], kept for the backward pass)."""
+    compute = compute_dtype([x, lora_a])
+    base = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    low = F.linear(x.to(compute), lora_a.to(compute))
+    term = F.linear(_scaled(low, scale, gate), lora_b.to(compute))
+    return (base + term).to(x.dtype).contiguous(), low.contiguous()
+
+
+def lora_linear_bwd_ref(
+    grad: Tensor,
+    x: Tensor,
+    low: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    gate: Tensor | None,
+    need_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(d_x, or an empty tensor if not wanted; d_lora_a [r, d_in]; d_lora_b [d_out, r]); W gets none."""
+    compute = low.dtype
+    wide = grad.to(compute)
+    d_low = _scaled(wide @ lora_b.to(compute), scale, gate)
+    d_b = _rows(wide).T @ _rows(_scaled(low, scale, gate))
+    d_a = _rows(d_low).T @ _rows(x.to(compute))
+    d_x = x.new_empty(0)
+    if need_x:
+        d_x = (grad @ weight.to(grad.dtype) + d_low @ lora_a.to(compute)).to(x.dtype).contiguous()
+    return d_x, d_a.to(lora_a.dtype), d_b.to(lora_b.dtype)
+
+
+def _scaled(low: Tensor, scale: float, gate: Tensor | None) -> Tensor:
+    if gate is not None:
+        low = low * per_sample(gate, low)
+    return low if scale == 1.0 else low * scale
+
+
+def _rows(value: Tensor) -> Tensor:
+    return value.reshape(-1, value.shape[-1])
