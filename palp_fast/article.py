@@ -17,8 +17,8 @@ _VOWEL_LETTERS = "AEFHILMNORSX"
 
 _MASS_NOUNS = frozenset(
     """
-    art baggage bread butter cash cattle clothing coral cutlery equipment fire food footwear furniture glassware grass hair
-    jewellery jewelry lightning luggage machinery meat milk money music pasta people police rice sand seafood
+    art baggage bread butter cash cattle clothing coral cutlery equipment fire food footwear furniture glassware grass
+    hair jewellery jewelry lightning luggage machinery meat milk money music pasta people police rice sand seafood
     silverware smoke snow stationery tableware water weather
     children feet geese men mice teeth women
     """.split()
@@ -39,7 +39,7 @@ def indefinite_article(phrase: str) -> str:
 
 
 def takes_article(phrase: str) -> bool:
-    """Whether a singular "a" fits: False for plurals ("glasses") and mass nouns ("clothing"), judged by the last word."""
+    """Whether "a" fits, judged by the last word: not before plurals ("glasses") and mass nouns ("clothing")."""
     words = re.findall(r"[^\W\d_]+", phrase.lower())
     last = words[-1] if words else ""
     if last in _MASS_NOUNS:

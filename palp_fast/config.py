@@ -16,10 +16,14 @@ NFSD_NEGATIVE_PROMPT = (
     "unrealistic, blurry, low quality, out of focus, ugly, low contrast, dull, dark, low-resolution, gloomy"
 )
 
-_TOKEN = text(
-    pattern=r"[A-Za-z][A-Za-z0-9_-]*",
-    allowed="one plain word of ASCII letters, digits, _ and -, starting with a letter",
-)
+SUBJECT_PROMPT = "a photo of [V]"
+# Lower case, since CLIP's tokenizer lowers its prompts.
+_WORD = text(pattern=r"[a-z][a-z0-9_-]*", allowed="one plain word of a-z, 0-9, _ and -, starting with a letter")
+_TOKEN = optional(_WORD, "made from class_noun")
+_BRACKETED = text(pattern=r"\[[A-Za-z]\w*\]", allowed="a word in square brackets such as [V1]")
+
+
+_PHRASE = optional(text(), "class_noun by the article rule")
 
 
 def _images(value: Any) -> Any:
@@ -35,12 +39,12 @@ _IMAGES = rules.Rule("images", "a folder, an image file, a PIL image, or a list 
 class Subject(Settings):
     """One thing to learn: its photos, class noun, placeholder, own prompt y_P, token word, and class phrase for y_c."""
 
-    images: Any = ruled(_IMAGES)
-    class_noun: str = ruled(text())
-    placeholder: str = ruled(text(pattern=r"\[[A-Za-z]\w*\]", allowed="a word in brackets such as [V1]"), default="[V1]")
-    prompt: str = ruled(text(), default="a photo of [V1]")
-    token: str | None = ruled(optional(_TOKEN, "made from class_noun"), default=None)
-    class_phrase: str | None = ruled(optional(text(), "class_noun by the article rule"), default=None)
+    images: Any = ruled(_IMAGES, "photos")
+    class_noun: str = ruled(text(), "what the subject is")
+    placeholder: str = ruled(_BRACKETED, "its slot in prompts", default="[V1]")
+    prompt: str = ruled(text(), "y_P, describes the photos", default="a photo of [V1]")
+    token: str | None = ruled(_TOKEN, "names the subject in files and when drawing", default=None)
+    class_phrase: str | None = ruled(_PHRASE, "stands for the subject in y_c", default=None)
 
     def _label(self, field: str) -> str:
         return f"Subject.{field}"
@@ -55,8 +59,18 @@ def _subjects(value: Any) -> tuple[Subject, ...]:
     return subjects
 
 
-_SUBJECTS = rules.Rule("subjects", "a list of Subject (or of their fields as dicts), at least one", _subjects)
-_NOUN = optional(text(), "with `subjects`")
+_MODEL = path("a built-in name, a local diffusers folder, a .safetensors file or a hub id")
+_TEACHER = dataclasses.replace(choice(None), allowed="None (another teacher is not available in this version)")
+_SUBJECTS = optional(
+    rules.Rule("subjects", "a list of Subject (or of their fields as dicts), at least one", _subjects),
+    "one subject, by images and class_noun",
+)
+_CLEAN = optional(text(), "made from prompt and the class nouns")
+_RESOLUTION = optional(integer(8, multiple=8), "the model's own")
+_DTYPE = choice("auto", "fp32", "bf16", "fp16", later=("int8", "nf4"))
+_DEVICE = text(pattern=r"auto|cpu|cuda(:\d+)?", allowed="'auto', 'cpu', 'cuda' or 'cuda:N'")
+_CUDA_GRAPH = choice("auto", False, later=(True,))
+_PRESET = choice(None, "paper", later=("4gb", "6gb", "8gb", "12gb"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,56 +80,52 @@ class TrainConfig(Settings):
     Checks that look at several fields or at the disk (photos, prompts, output folder) are in `resolved`.
     """
 
-    model: str = ruled(path("a built-in name, a local diffusers folder, a .safetensors file or a hub id"))
-    teacher: str | None = ruled(
-        rules.Rule("choice", "None (the frozen base model; another teacher is not available in this version)",
-                   choice(None).convert), default=None)  # fmt: skip
-    images: Any = ruled(optional(_IMAGES, "with `subjects`"), default=None)
-    class_noun: str | None = ruled(_NOUN, default=None)
-    subject_prompt: str = ruled(text(), default="a photo of [V]")
-    subjects: tuple[Subject, ...] | None = ruled(optional(_SUBJECTS, "one subject: images, class_noun"), default=None)
-    token: str | None = ruled(optional(_TOKEN, "made from class_noun"), default=None)
-    prompt: str = ruled(text())
-    clean_prompt: str | None = ruled(optional(text(), "from `prompt` and the class nouns"), default=None)
-    output_dir: str = ruled(path("a folder, which is created"))
-    method: str = ruled(choice("palp", "dreambooth", "sds", "nfsd"), default="palp")
-    alpha: float = ruled(number(above=0), default=15.0)
-    beta: float = ruled(number(least=0), default=7.5)
-    negative_prompt: str = ruled(text(empty=True), default=NFSD_NEGATIVE_PROMPT)
-    residual_weight: float = ruled(number(least=0), default=0.1)
-    rescale: bool = ruled(boolean(), default=True)
-    same_noise: bool = ruled(boolean(), default=True)
-    same_timestep: bool = ruled(boolean(), default=True)
-    loss_space: str = ruled(choice("model", "eps"), default="model")
-    rank: int = ruled(integer(1), default=32)
-    lora_alpha: float | None = ruled(optional(number(above=0), "= rank"), default=None)
-    lora_targets: str = ruled(choice("attention", "cross_kv", "none"), default="attention")
-    learn_token: bool = ruled(boolean(), default=True)
-    token_vectors: int = ruled(integer(1), default=1)
-    token_norm: str = ruled(choice("free", "initial"), default="free")
-    steps: int = ruled(integer(1), default=500)
-    batch_size: int = ruled(integer(1), default=1)
-    grad_accumulation: int = ruled(integer(1), default=4)
-    lr: float = ruled(number(above=0), default=1e-4)
-    token_lr: float = ruled(number(above=0), default=5e-4)
-    lr_schedule: str = ruled(choice("constant", "linear", "cosine"), default="constant")
-    optimizer: str = ruled(choice("adamw8bit", "adamw", "lion8bit"), default="adamw8bit")
-    max_grad_norm: float = ruled(number(above=0), default=1.0)
-    timesteps: str = ruled(choice("uniform", "stratified", "adaptive"), default="stratified")
-    subject_sampling: str = ruled(choice("image", "subject"), default="image")
-    resolution: int | None = ruled(optional(integer(8, multiple=8), "the model's own"), default=None)
-    memory: str = ruled(choice("auto", "fast", "low", later=("balanced",)), default="auto")
-    base_dtype: str = ruled(choice("auto", "fp32", "bf16", "fp16", later=("int8", "nf4")), default="auto")
-    seed: int = ruled(integer(0), default=0)
-    device: str = ruled(text(pattern=r"auto|cpu|cuda(:\d+)?", allowed="'auto', 'cpu', 'cuda', 'cuda:N'"), default="auto")
-    cuda_graph: str | bool = ruled(
-        rules.Rule("choice", "'auto', False (True is not available in this version)",
-                   choice("auto", False).convert, ("auto", False)), default="auto")  # fmt: skip
-    checkpoint_every: int = ruled(integer(0), default=100)
-    sample_every: int = ruled(integer(0), default=0)
-    resume: str = ruled(choice("auto", "never", "must"), default="auto")
-    preset: str | None = ruled(choice(None, "paper", later=("4gb", "6gb", "8gb", "12gb")), default=None)
-    backend: str = ruled(choice("auto", "reference", "cpu", "triton", "cuda"), default="auto")
+    model: str = ruled(_MODEL, "the base model")
+    teacher: str | None = ruled(_TEACHER, "the model that guides; None: the frozen base itself", default=None)
+    images: Any = ruled(optional(_IMAGES, "with subjects"), "photos of the one subject", default=None)
+    class_noun: str | None = ruled(optional(text(), "with subjects"), "what the subject is: cat", default=None)
+    subject_prompt: str = ruled(text(), "y_P, describes the photos", default=SUBJECT_PROMPT)
+    subjects: tuple[Subject, ...] | None = ruled(_SUBJECTS, "several subjects, each with its photos", default=None)
+    token: str | None = ruled(_TOKEN, "names the subject in files and when drawing", default=None)
+    prompt: str = ruled(text(), "y, the target prompt with placeholders: a sketch of [V]")
+    clean_prompt: str | None = ruled(_CLEAN, "y_c, the target prompt without placeholders", default=None)
+    output_dir: str = ruled(path("a folder"), "where everything is written; created")
+    method: str = ruled(choice("palp", "dreambooth", "sds", "nfsd"), "what gives the gradient", default="palp")
+    alpha: float = ruled(number(above=0), "guidance scale of the teacher (nfsd: 7.5)", default=15.0)
+    beta: float = ruled(number(least=0), "guidance scale of the student, palp only", default=7.5)
+    negative_prompt: str = ruled(text(empty=True), "for nfsd", default=NFSD_NEGATIVE_PROMPT)
+    residual_weight: float = ruled(number(least=0), "lambda, the weight of prompt alignment", default=0.1)
+    rescale: bool = ruled(boolean(), "alignment uniform over timesteps (nfsd: False)", default=True)
+    same_noise: bool = ruled(boolean(), "re-noise with the noise of the first pass", default=True)
+    same_timestep: bool = ruled(boolean(), "re-noise to the timestep of the first pass", default=True)
+    loss_space: str = ruled(choice("model", "eps"), "where v-prediction models are compared", default="model")
+    rank: int = ruled(integer(1), "of the LoRA", default=32)
+    lora_alpha: float | None = ruled(optional(number(above=0), "= rank"), "LoRA's scale is this / rank", default=None)
+    lora_targets: str = ruled(choice("attention", "cross_kv", "none"), "what LoRA sits on", default="attention")
+    learn_token: bool = ruled(boolean(), "train the embedding of the token", default=True)
+    token_vectors: int = ruled(integer(1), "embedding rows per token", default=1)
+    token_norm: str = ruled(choice("free", "initial"), "initial keeps the rows' starting norm", default="free")
+    steps: int = ruled(integer(1), "optimizer steps", default=500)
+    batch_size: int = ruled(integer(1), "samples of one pass", default=1)
+    grad_accumulation: int = ruled(integer(1), "passes per optimizer step", default=4)
+    lr: float = ruled(number(above=0), "learning rate of the LoRA", default=1e-4)
+    token_lr: float = ruled(number(above=0), "learning rate of the token rows", default=5e-4)
+    lr_schedule: str = ruled(choice("constant", "linear", "cosine"), "of both rates", default="constant")
+    optimizer: str = ruled(choice("adamw8bit", "adamw", "lion8bit"), "of the LoRA", default="adamw8bit")
+    max_grad_norm: float = ruled(number(above=0), "gradients are clipped to this norm", default=1.0)
+    timesteps: str = ruled(choice("uniform", "stratified", "adaptive"), "how they are drawn", default="stratified")
+    subject_sampling: str = ruled(choice("image", "subject"), "what is drawn first", default="image")
+    resolution: int | None = ruled(_RESOLUTION, "side of the training pictures in pixels", default=None)
+    memory: str = ruled(choice("auto", "fast", "low", later=("balanced",)), "low: recompute, save less", default="auto")
+    base_dtype: str = ruled(_DTYPE, "of the frozen weights", default="auto")
+    seed: int = ruled(integer(0), "decides everything random", default=0)
+    device: str = ruled(_DEVICE, "where to train", default="auto")
+    cuda_graph: str | bool = ruled(_CUDA_GRAPH, "whole steps as one CUDA graph", default="auto")
+    checkpoint_every: int = ruled(integer(0), "steps; 0: only at the end", default=100)
+    sample_every: int = ruled(integer(0), "steps between sample pictures; 0: none", default=0)
+    resume: str = ruled(choice("auto", "never", "must"), "auto: a run of the same config goes on", default="auto")
+    preset: str | None = ruled(_PRESET, "defaults, which given fields override", default=None)
+    backend: str = ruled(choice("auto", "reference", "cpu", later=("triton", "cuda")), "of operators", default="auto")
 
     @classmethod
     def from_toml(cls, file: str | os.PathLike) -> TrainConfig:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +15,9 @@ from PIL import Image, ImageOps
 
 from palp_fast.errors import ConfigError, DataError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
+# What phones write; Pillow reads it with the optional package pillow-heif.
+_HEIC = (".heic", ".heif")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", *_HEIC)
 
 Source = Path | Image.Image
 
@@ -102,12 +106,15 @@ def _guarded(read, name: str):
     try:
         return read()
     except Exception as error:
-        hint = " (HEIC needs the package pillow-heif)" if name.lower().endswith((".heic", ".heif")) else ""
+        hint = " (HEIC needs the package pillow-heif)" if name.lower().endswith(_HEIC) else ""
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"image {name!r} cannot be read: {reason}{hint}") from error
 
 
 def _open_rgb(path: str | os.PathLike) -> Image.Image:
+    if str(path).lower().endswith(_HEIC):
+        with contextlib.suppress(ImportError):
+            importlib.import_module("pillow_heif").register_heif_opener()
     with Image.open(path) as image:
         return _to_rgb(image)
 

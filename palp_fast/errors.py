@@ -2,7 +2,7 @@
 
 
 class ConfigError(ValueError):
-    """A setting is wrong: names the field, its value and what is allowed. Raised before anything is loaded or written."""
+    """A wrong setting: names the field, its value and what is allowed. Raised before anything is loaded or written."""
 
 
 class DataError(ValueError):

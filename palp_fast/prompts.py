@@ -1,6 +1,6 @@
 """Prompts with placeholders: y and y_P as the user wrote them, y_c by PALP's article rule, words for the tokenizer.
 
-A placeholder such as [V] or [V1] is a slot in a prompt. It is filled before tokenising and never reaches a model or file.
+A placeholder such as [V] is a slot in a prompt: it is filled before tokenising and never reaches a model or a file.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _NOUN_PHRASE_STARTS_AFTER = frozenset(
     about above across after against along alongside amid among and around as at atop before behind below beneath beside
     besides between beyond but by containing depicting despite down during except featuring for from in including inside
     into like minus near next nor of off on onto opposite or out outside over past per plus resembling riding round
-    showing since than then through throughout to toward towards under underneath unlike until up upon versus via vs with
-    within without yet
+    showing since than then through throughout to toward towards under underneath unlike until up upon versus via vs
+    with within without yet
     am are be been being became become becomes is was were has have had having do does did
     carries carry carrying chases chase chasing contains contain depicts depict draw draws drawing drawn eats eat eating
     feed feeding feeds features feature followed follows following has hold holding holds hug hugging hugs include
@@ -67,8 +67,8 @@ def clean_prompt(prompt: str, subjects: Sequence[Subject]) -> str:
 
     A bare "[V]" becomes "an owl"; after a/an it becomes the noun, and the article is corrected ("a [V]" to "an owl");
     after the, my, a number, a possessive or an adjective it becomes the bare noun. Class nouns that take no article
-    ("glasses", "clothing") get none. A subject's class_phrase is put in as it stands; an article before it is corrected,
-    or dropped when the phrase brings its own.
+    ("glasses", "clothing") get none. A subject's class_phrase is put in as it stands; an article before it is
+    corrected, or dropped when the phrase brings its own.
     """
     by_placeholder = {subject.placeholder: subject for subject in subjects}
     text, end = "", 0
@@ -114,7 +114,7 @@ def check(cfg: TrainConfig) -> None:
     known = [subject.placeholder for subject in cfg.subjects]
     for name in known:
         if known.count(name) > 1:
-            raise ConfigError(f"subjects: placeholder {name!r} is defined {known.count(name)} times; each needs its own")
+            raise ConfigError(f"subjects: placeholder {name!r} is defined repeatedly; allowed: one subject each")
     _check_names("prompt", cfg.prompt, known)
     for i, subject in enumerate(cfg.subjects):
         where = "subject_prompt" if known == ["[V]"] else f"subjects[{i}].prompt"

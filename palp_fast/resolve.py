@@ -1,4 +1,4 @@
-"""From the settings a user gave to the settings a run uses: presets, method defaults, subjects, checks across fields."""
+"""From the settings a user gave to those a run uses: presets, method defaults, subjects, checks across fields."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from palp_fast import prompts
-from palp_fast.config import Subject, TrainConfig
+from palp_fast.config import SUBJECT_PROMPT, Subject, TrainConfig
 from palp_fast.data import image_digest, image_sources
 from palp_fast.errors import ConfigError
 
@@ -47,7 +47,7 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
     if cfg.method in _WITHOUT_STUDENT_GUIDANCE:
         values["beta"] = 1.0
     values["subjects"] = _with_tokens(_folded(cfg), cfg.token_vectors)
-    values |= {"images": None, "class_noun": None, "token": None, "subject_prompt": "a photo of [V]"}
+    values |= {"images": None, "class_noun": None, "token": None, "subject_prompt": SUBJECT_PROMPT}
     values["lora_alpha"] = values["lora_alpha"] or float(values["rank"])
     values["memory"] = "fast" if cfg.memory == "auto" else cfg.memory
     values["cuda_graph"] = False
@@ -76,16 +76,16 @@ def _folded(cfg: TrainConfig) -> tuple[Subject, ...]:
     if cfg.subjects is None:
         for name in ("images", "class_noun"):
             if getattr(cfg, name) is None:
-                raise ConfigError(f"{name}: missing; give images and class_noun for one subject, or subjects for several")
+                raise ConfigError(f"{name}: missing; allowed: images and class_noun for one subject, or subjects")
         subjects = (Subject(cfg.images, cfg.class_noun, "[V]", cfg.subject_prompt, cfg.token),)
         fields = ["images"]
     else:
         subjects, fields = cfg.subjects, [f"subjects[{i}].images" for i in range(len(cfg.subjects))]
         for name in ("images", "class_noun", "token"):
             if getattr(cfg, name) is not None:
-                raise ConfigError(f"{name}: {getattr(cfg, name)!r} is given together with subjects; put it into a Subject")
-        if cfg.subject_prompt != "a photo of [V]":
-            raise ConfigError(f"subject_prompt: {cfg.subject_prompt!r} is given together with subjects; use Subject.prompt")
+                raise ConfigError(f"{name}: {getattr(cfg, name)!r} beside subjects; put it into a Subject")
+        if cfg.subject_prompt != SUBJECT_PROMPT:
+            raise ConfigError(f"subject_prompt: {cfg.subject_prompt!r} beside subjects; use Subject.prompt")
     return tuple(
         subject.replace(
             images=tuple(image_sources(subject.images, field)),
@@ -120,7 +120,7 @@ def _with_tokens(subjects: tuple[Subject, ...], vectors: int) -> tuple[Subject, 
 def _take(token: str, vectors: int, taken: set[str]) -> None:
     words = {word.lower() for word in prompts.token_words(token, vectors)}
     if words & taken:
-        raise ConfigError(f"token: {token!r} names two subjects (or a vector of another one); each needs a word of its own")
+        raise ConfigError(f"token: {token!r} names two subjects; each needs words of its own, {sorted(words)}")
     taken |= words
 
 
@@ -138,7 +138,7 @@ def _device(device: str) -> str:
     if device.startswith("cuda"):
         count = torch.cuda.device_count()
         if int(device.partition(":")[2] or 0) >= count:
-            raise ConfigError(f"device: {device!r} is not allowed; torch sees {count} CUDA devices here, 'cpu' always works")
+            raise ConfigError(f"device: {device!r} is not allowed; torch sees {count} CUDA devices here; 'cpu' works")
     return device
 
 

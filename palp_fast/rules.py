@@ -18,7 +18,7 @@ from palp_fast.errors import ConfigError
 class Rule:
     """`convert` returns the normalised value, or raises ValueError or TypeError; `allowed` says what is right.
 
-    kind is "int", "float", "bool", "choice", "text", "path", "images" or "subjects": what a command line needs to know.
+    kind is "int", "float", "bool", "choice", "text", "path", "images" or "subjects", for the command line.
     """
 
     kind: str
@@ -29,7 +29,7 @@ class Rule:
 
     def check(self, field: str, value: Any) -> Any:
         """The normalised value. Raises ConfigError naming field, value and what is allowed."""
-        if isinstance(value, str) and value in self.later:
+        if any(value is later or (isinstance(value, str) and value == later) for later in self.later):
             raise ConfigError(f"{field}: {value!r} is not available in this version; allowed: {self.allowed}")
         try:
             return self.convert(value)
@@ -39,9 +39,9 @@ class Rule:
             raise ConfigError(f"{field}: {value!r} is not allowed; allowed: {self.allowed}") from None
 
 
-def ruled(rule: Rule, **kwargs: Any) -> Any:
-    """A dataclass field that carries its rule; `default=` as in dataclasses.field, none for a required field."""
-    return dataclasses.field(metadata={"rule": rule}, **kwargs)
+def ruled(rule: Rule, meaning: str, **kwargs: Any) -> Any:
+    """A dataclass field that carries its rule and meaning; `default=` as in dataclasses.field, none when required."""
+    return dataclasses.field(metadata={"rule": rule, "meaning": meaning}, **kwargs)
 
 
 def rule_of(field: dataclasses.Field) -> Rule:
@@ -138,7 +138,8 @@ class Settings:
         names = [field.name for field in dataclasses.fields(cls)]
         for name in kwargs:
             if name not in names:
-                raise ConfigError(f"{name}: unknown field of {cls.__name__}{nearest(name, names)}; it has {', '.join(names)}")
+                hint = nearest(name, names) or f"; allowed: {', '.join(names)}"
+                raise ConfigError(f"{name}: unknown field of {cls.__name__}{hint}")
         given = frozenset(names[: len(args)]) | frozenset(kwargs)
         for field in dataclasses.fields(cls):
             if field.default is dataclasses.MISSING and field.name not in given:
