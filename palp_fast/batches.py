@@ -1,0 +1,86 @@
+"""The random draws of training: which photo, which noise, which timestep - functions of (seed, step, sample) alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from palp_fast import functional
+from palp_fast.reference import philox
+from palp_fast.sampler import TimestepSampler
+
+# Streams 0 to 2 are the noise and the timestep sampler.
+_STREAM_NEW_NOISE, _STREAM_PHOTO = 3, 4
+# The second timestep has a sampler, and so a seed, of its own.
+_NEW_TIMESTEP_SEED = 0x5DEECE66D
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One PALP batch: x_t, target noise and t; t_new and noise_new are None where they are the first ones.
+
+    latents, x_t, noise, noise_new: [B, C, h, w]; t, t_new: [B] int64; sample_weight, residual_scale: [B].
+    subjects: the subject's number for each sample.
+    """
+
+    latents: Tensor
+    x_t: Tensor
+    noise: Tensor
+    t: Tensor
+    subjects: list[int]
+    sample_weight: Tensor
+    residual_scale: Tensor
+    t_new: Tensor | None = None
+    noise_new: Tensor | None = None
+
+
+class Draws:
+    """Draws the batches of a run from the latents of each subject's photos, latents[subject] [photos, C, h, w]."""
+
+    def __init__(self, cfg, latents: list[Tensor], alphas_cumprod: Tensor):
+        self.cfg, self.alphas_cumprod = cfg, alphas_cumprod
+        self.latents = torch.cat(latents)
+        self.counts = torch.tensor([len(photos) for photos in latents])
+        self.sampler = TimestepSampler(alphas_cumprod, cfg.timesteps, rescale=cfg.rescale, seed=cfg.seed)
+        self.new_sampler = TimestepSampler(alphas_cumprod, "uniform", seed=(cfg.seed + _NEW_TIMESTEP_SEED) % 2**63)
+
+    def batch(self, step: int, sample_offset: int) -> Batch:
+        """Samples sample_offset .. sample_offset + batch_size of optimizer step `step`."""
+        cfg, size = self.cfg, self.cfg.batch_size
+        photos, subjects = self.photos(step, sample_offset)
+        latents = self.latents[photos.to(self.latents.device)]
+        whole = {"global_batch": size * cfg.grad_accumulation}
+        t, sample_weight, residual_scale = self.sampler.sample(size, step, sample_offset, **whole)
+        counter = {"seed": cfg.seed, "step": step, "sample_offset": sample_offset, "backend": cfg.backend}
+        x_t, noise = functional.add_noise(latents, t, self.alphas_cumprod, **counter)
+        t_new = noise_new = None
+        if not cfg.same_timestep:
+            t_new, _, _ = self.new_sampler.sample(size, step, sample_offset, **whole)
+        if not cfg.same_noise:
+            _, noise_new = functional.add_noise(latents, t, self.alphas_cumprod, **counter, stream=_STREAM_NEW_NOISE)
+        return Batch(latents, x_t, noise, t, subjects.tolist(), sample_weight, residual_scale, t_new, noise_new)
+
+    def first_photo(self, subject: int) -> int:
+        """The number, in the union of all photos, of a subject's first one."""
+        return int(self.counts[:subject].sum())
+
+    def photos(self, step: int, sample_offset: int) -> tuple[Tensor, Tensor]:
+        """(number in the union of all photos, subject number) of each sample, int64 [B] on the CPU.
+
+        subject_sampling "image": every photo equally often; "subject": every subject equally often.
+        """
+        samples = torch.arange(self.cfg.batch_size) + sample_offset
+        words = philox.words(torch.zeros_like(samples), samples, step, _STREAM_PHOTO, self.cfg.seed)
+        ends = self.counts.cumsum(0)
+        if self.cfg.subject_sampling == "image":
+            photos = _below(words[0], ends[-1])
+            return photos, torch.bucketize(photos, ends, right=True)
+        subjects = _below(words[0], torch.tensor(len(self.counts)))
+        return ends[subjects] - self.counts[subjects] + _below(words[1], self.counts[subjects]), subjects
+
+
+def _below(words: Tensor, count: Tensor) -> Tensor:
+    """Words in [0, 2^32) to integers in [0, count)."""
+    return (words * count) >> 32

@@ -1,0 +1,250 @@
+"""Base models: what a reference means, what can be known before its weights are loaded, and its loaded parts."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from palp_fast.errors import ConfigError
+
+MODELS = {"emoji-64": Path(__file__).parent / "zoo" / "emoji-64"}
+
+_FAMILIES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def resolve(reference: str | os.PathLike) -> Path | str:
+    """A local folder or .safetensors file as a Path, or a hub id as a str. Raises ConfigError for anything else."""
+    name = os.fspath(reference)
+    path = MODELS.get(name, Path(name).expanduser())
+    if (path / "model_index.json").is_file() or (path.is_file() and path.suffix == ".safetensors"):
+        return path
+    if name in MODELS:
+        raise ConfigError(f"model: the built-in model {name!r} is not in this installation ({path} is missing)")
+    if path.exists():
+        raise ConfigError(f"model: {name!r} is neither a diffusers folder (with model_index.json) nor a .safetensors file")
+    if _HUB_ID.fullmatch(name):
+        return name
+    near = difflib.get_close_matches(name, MODELS, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; allowed: {', '.join(MODELS)}, a diffusers folder, "\
+        "a .safetensors file, or a hub id (owner/name)"
+    raise ConfigError(f"model: unknown model {name!r}{hint}")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the configuration files of a model say; reading them loads no weights."""
+
+    source: Path | str
+    family: str
+    prediction_type: str
+    vae_scale: int
+    sample_size: int
+    index: dict = field(repr=False)
+
+    @property
+    def resolution(self) -> int:
+        """The model's own picture size in pixels."""
+        return self.sample_size * self.vae_scale
+
+    @property
+    def zero_empty(self) -> bool:
+        """Whether the unconditional is zeros (SDXL base) rather than the encoded empty prompt."""
+        return self.family == "sdxl" and bool(self.index.get("force_zeros_for_empty_prompt", True))
+
+
+@functools.lru_cache(maxsize=8)
+def facts(reference: str | os.PathLike) -> ModelFacts:
+    """The configuration of a model, without its weights. Raises ConfigError for a kind of model not supported."""
+    from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+
+    source = _config_source(resolve(reference))
+    with _readable(reference):
+        index = dict(DiffusionPipeline.load_config(source))
+    pipeline = index.get("_class_name")
+    if pipeline not in _FAMILIES:
+        raise ConfigError(f"model: {reference!r} is made for {pipeline}; allowed: {', '.join(_FAMILIES)}")
+    with _readable(reference):
+        unet = UNet2DConditionModel.load_config(source, subfolder="unet")
+        vae = AutoencoderKL.load_config(source, subfolder="vae")
+        schedule = DDPMScheduler.load_config(source, subfolder="scheduler")
+    prediction_type = schedule.get("prediction_type", "epsilon")
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise ConfigError(f"model: {reference!r} predicts {prediction_type!r}; allowed: epsilon, v_prediction")
+    vae_scale = 2 ** (len(vae["block_out_channels"]) - 1)
+    return ModelFacts(source, _FAMILIES[pipeline], prediction_type, vae_scale, unet["sample_size"], index)
+
+
+def _config_source(source):
+    """The folder or hub id with the configuration of `source`: a single file has none of its own."""
+    if not (isinstance(source, Path) and source.is_file()):
+        return source
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
+
+    with _readable(source):
+        return fetch_diffusers_config(load_single_file_checkpoint(str(source)))["pretrained_model_name_or_path"]
+
+
+class _readable:
+    """Turns the many ways in which a model cannot be read into one ConfigError that names it."""
+
+    def __init__(self, reference):
+        self.reference = reference
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, (OSError, ValueError, KeyError)) and not isinstance(error, ConfigError):
+            reason = (str(error).splitlines() or [kind.__name__])[0]
+            raise ConfigError(f"model: {os.fspath(self.reference)!r} cannot be read: {reason}") from error
+
+
+def load_tokenizers(reference: str | os.PathLike) -> list:
+    """One CLIPTokenizer (SD) or two (SDXL), fresh objects on each call; no weights are loaded."""
+    from transformers import CLIPTokenizer
+
+    known = facts(reference)
+    names = ["tokenizer", "tokenizer_2"] if known.family == "sdxl" else ["tokenizer"]
+    with _readable(reference):
+        return [CLIPTokenizer.from_pretrained(known.source, subfolder=name) for name in names]
+
+
+@dataclass
+class Components:
+    """The live parts of a text-to-image model; all weights frozen, in eval mode. The VAE is always fp32."""
+
+    tokenizers: list
+    text_encoders: list
+    vae: torch.nn.Module
+    unet: torch.nn.Module
+    scheduler: object
+    family: str
+    reference: str
+    zero_empty: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the frozen UNet."""
+        return self.unet.dtype
+
+    @property
+    def prediction_type(self) -> str:
+        return self.scheduler.config.prediction_type
+
+    @property
+    def vae_scale(self) -> int:
+        """Pixels per latent, along each side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @functools.cached_property
+    def alphas_cumprod(self) -> torch.Tensor:
+        """alpha_bar [T], fp32, on the model's device."""
+        from diffusers import DDPMScheduler
+
+        # A zero terminal SNR is kept off zero, by the amount of diffusers' Euler schedulers.
+        table = DDPMScheduler.from_config(self.scheduler.config).alphas_cumprod.clamp(min=2**-24)
+        return table.to(self.device, torch.float32)
+
+    @torch.no_grad()
+    def to_latents(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w], fp32: the posterior's mean, scaled for the UNet."""
+        pixels = pixels.to(self.vae.device, self.vae.dtype)
+        return self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def to_pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [B, C, h, w] -> pictures [B, 3, H, W], clamped to [-1, 1]."""
+        latents = latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
+        return self.vae.decode(latents).sample.clamp(-1, 1)
+
+    def pipeline(self):
+        """The stock diffusers pipeline around these very parts: it draws with whatever they have learned."""
+        import diffusers
+
+        parts = {"vae": self.vae, "unet": self.unet, "scheduler": self.scheduler,
+                 "tokenizer": self.tokenizers[0], "text_encoder": self.text_encoders[0]}
+        if self.family == "sdxl":
+            parts |= {"tokenizer_2": self.tokenizers[1], "text_encoder_2": self.text_encoders[1]}
+            return diffusers.StableDiffusionXLPipeline(
+                **parts, force_zeros_for_empty_prompt=self.zero_empty, add_watermarker=False)
+        return diffusers.StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
+def load_components(reference: str | os.PathLike, *, dtype: torch.dtype, device: str | torch.device) -> Components:
+    """Loads a model: UNet and text encoders in `dtype`, the VAE in fp32 (SDXL's overflows in fp16).
+
+    The UNet's last convolution stays in fp32 and so its output is fp32: guidance multiplies rounding.
+    """
+    known, source = facts(reference), resolve(reference)
+    with _readable(reference):
+        from_file = isinstance(source, Path) and source.is_file()
+        parts = _parts_of_file(source, known) if from_file else _parts_of_folder(source, known, dtype)
+    components = Components(family=known.family, reference=os.fspath(reference), zero_empty=known.zero_empty, **parts)
+    components.vae.to(device, torch.float32)
+    for module in (components.unet, *components.text_encoders):
+        module.to(device, dtype)
+    for module in (components.vae, components.unet, *components.text_encoders):
+        module.eval().requires_grad_(False)
+    if dtype != torch.float32:
+        _join_precisions(components)
+    return components
+
+
+def _parts_of_folder(source, known, dtype):
+    import diffusers
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    encoders = [("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)]
+    scheduler = getattr(diffusers, known.index["scheduler"][1])
+    return {
+        "tokenizers": load_tokenizers(source),
+        "text_encoders": [kind.from_pretrained(source, subfolder=name)
+                          for name, kind in encoders[:2 if known.family == "sdxl" else 1]],
+        "vae": diffusers.AutoencoderKL.from_pretrained(source, subfolder="vae", torch_dtype=torch.float32),
+        "unet": diffusers.UNet2DConditionModel.from_pretrained(source, subfolder="unet", torch_dtype=dtype),
+        "scheduler": scheduler.from_pretrained(source, subfolder="scheduler"),
+    }
+
+
+def _parts_of_file(source, known):
+    import diffusers
+
+    kind = {"sd": diffusers.StableDiffusionPipeline, "sdxl": diffusers.StableDiffusionXLPipeline}[known.family]
+    pipeline = kind.from_single_file(str(source), torch_dtype=torch.float32)
+    suffixes = ("", "_2") if known.family == "sdxl" else ("",)
+    return {
+        "tokenizers": [getattr(pipeline, f"tokenizer{suffix}") for suffix in suffixes],
+        "text_encoders": [getattr(pipeline, f"text_encoder{suffix}") for suffix in suffixes],
+        "vae": pipeline.vae, "unet": pipeline.unet, "scheduler": pipeline.scheduler,
+    }
+
+
+def _join_precisions(components):
+    """Casts at the four places where 16-bit and fp32 parts meet, so that a stock pipeline runs on them unchanged."""
+
+    def cast_input(module, args):
+        weight = next(module.parameters())
+        return (args[0].to(weight.dtype), *args[1:])
+
+    def cast_sample(module, args, kwargs):
+        if args:
+            return (args[0].to(module.dtype), *args[1:]), kwargs
+        return args, kwargs | {"sample": kwargs["sample"].to(module.dtype)}
+
+    components.unet.conv_out.float().register_forward_pre_hook(cast_input)
+    components.unet.register_forward_pre_hook(cast_sample, with_kwargs=True)
+    for module in (components.vae.post_quant_conv, components.vae.decoder):
+        if module is not None:
+            module.register_forward_pre_hook(cast_input)

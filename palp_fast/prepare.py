@@ -1,0 +1,66 @@
+"""Everything that can be wrong with a run is found here, before weights are loaded and before anything is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from palp_fast import backend, models
+from palp_fast.conditioning import add_tokens, check_prompts, prompts_of
+from palp_fast.data import load_image, pixels
+from palp_fast.errors import ConfigError
+from palp_fast.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run: resolved config, picture side in pixels, pictures[subject] [photos, 3, H, W], prompts with ids,
+    the output folder, and the checkpoint state to go on from, if any."""
+
+    config: object
+    resolution: int
+    pictures: list[torch.Tensor]
+    prompts: dict[str, str]
+    token_ids: dict[str, list[list[int]]]
+    folder: RunFolder
+    state: dict | None
+
+    def describe_prompts(self) -> str:
+        """One line per prompt: its name in PALP.md, its text, and its token ids (one list per text encoder)."""
+        width = max(map(len, self.prompts))
+        return "\n".join(
+            f"{name:<{width}}  {text!r}  {' '.join(map(str, self.token_ids[name]))}" for name, text in self.prompts.items()
+        )
+
+
+def prepare(config) -> Plan:
+    """Checks a TrainConfig and reads its photos and checkpoint. Raises ConfigError or DataError; writes nothing."""
+    cfg = config.resolved()
+    facts = models.facts(cfg.model)
+    resolution = _resolution(cfg, facts)
+    tokenizers = models.load_tokenizers(cfg.model)
+    add_tokens(tokenizers, cfg)
+    token_ids = check_prompts(tokenizers, cfg)
+    _check_backend(cfg)
+    pictures = [
+        torch.stack([pixels(load_image(source), resolution, resolution) for source in subject.images])
+        for subject in cfg.subjects
+    ]
+    folder = RunFolder(cfg.output_dir, cfg.fingerprint())
+    return Plan(cfg, resolution, pictures, prompts_of(cfg), token_ids, folder, folder.earlier_state(cfg.resume))
+
+
+def _resolution(cfg, facts):
+    resolution = cfg.resolution or facts.resolution
+    if resolution % facts.vae_scale:
+        raise ConfigError(f"resolution: {resolution} does not fit {cfg.model!r}; allowed: multiples of {facts.vae_scale}")
+    return resolution
+
+
+def _check_backend(cfg):
+    try:
+        for operator in backend.OPERATORS:
+            backend.select(operator, torch.device(cfg.device), cfg.backend)
+    except RuntimeError as error:
+        raise ConfigError(f"backend: {error}; 'auto' and 'reference' always work") from error

@@ -1,0 +1,84 @@
+"""What a run leaves behind: LoRA in two formats, token files, and where everything is."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from palp_fast import export
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The files of a run. lora and lora_kohya are None when nothing but the token was trained.
+
+    lora: PEFT keys; embedding: {token word: file}; metrics: JSON lines, one object per step; samples: pictures in order;
+    checkpoint: folder; steps: optimizer steps done; seconds: in this process; peak_memory_bytes: of the device (CUDA) or
+    of the process (CPU).
+    """
+
+    lora: Path | None
+    lora_kohya: Path | None
+    embedding: dict[str, Path]
+    metrics: Path
+    samples: list[Path]
+    checkpoint: Path
+    steps: int
+    seconds: float
+    peak_memory_bytes: int
+    config: object
+
+    def apply_to(self, pipeline) -> None:
+        """Loads the LoRA and the tokens into a diffusers pipeline of the same model, by the pipeline's own loaders."""
+        from palp_fast.generate import apply_files
+
+        apply_files(pipeline, self.lora, self.embedding)
+
+
+def write_files(folder: Path, trainer) -> tuple[Path | None, Path | None, dict[str, Path]]:
+    """Writes <name>.peft.safetensors, <name>.safetensors (kohya keys) and embeddings/<token>.safetensors.
+
+    name is the token word; of several subjects, all of them joined by "+". Returns (PEFT, kohya, {token: file}).
+    """
+    cfg, components = trainer.config, trainer.components
+    tokens = [subject.token for subject in cfg.subjects]
+    name, lora, kohya = "+".join(tokens), None, None
+    facts = {
+        "family": components.family,
+        "cross_attention_dim": components.unet.config.cross_attention_dim,
+        "rank": cfg.rank,
+        "lora_alpha": cfg.lora_alpha,
+        "resolution": trainer.resolution,
+        "prediction_type": components.prediction_type,
+    }
+    layers = {path: (a, b) for path, a, b in trainer.named_lora()}
+    if layers:
+        settings = {"lora_alpha": cfg.lora_alpha, "metadata": export.metadata(name=name, trigger=", ".join(tokens), **facts)}
+        lora = export.save_peft(folder / f"{name}.peft.safetensors", layers, **settings)
+        kohya = export.save_kohya(folder / f"{name}.safetensors", layers, **settings)
+    embedding = {}
+    for token, rows in zip(tokens, trainer.rows):
+        entries = export.metadata(name=token, trigger=token, kind="textual-inversion", **facts)
+        embedding[token] = export.save_embedding(folder / "embeddings" / f"{token}.safetensors", rows, metadata=entries)
+    return lora, kohya, embedding
+
+
+def watch_memory(device: str) -> None:
+    """Starts peak_memory_bytes anew where that can be done (CUDA)."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_bytes(device: str) -> int:
+    """The most memory that tensors took on a CUDA device, or that the process took on a CPU (0 where unknown)."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,272 @@
+"""PALP training (Arar et al., arXiv 2401.06105): the step beside its five parts in PALP.md, and the loop around it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from palp_fast import conditioning, functional, methods, models, previews
+from palp_fast.batches import Batch, Draws
+from palp_fast.conditioning import Condition
+from palp_fast.config import TrainConfig
+from palp_fast.errors import DataError
+from palp_fast.nn.lora import enable_gradient_checkpointing, inject_lora
+from palp_fast.prepare import prepare
+from palp_fast.result import TrainResult, peak_memory_bytes, watch_memory, write_files
+from palp_fast.space import PredictionSpace
+from palp_fast.update import Update
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def train(config: TrainConfig | None = None, /, **overrides) -> TrainResult:
+    """Trains a LoRA and token rows for one prompt, with a progress bar, and writes their files to output_dir.
+
+    config: a TrainConfig; overrides: its fields as keywords, alone or over `config`. Raises ConfigError or DataError
+    before any work, TrainingDiverged if training becomes non-finite.
+    """
+    from tqdm import tqdm
+
+    trainer = Trainer(TrainConfig(**overrides) if config is None else config.replace(**overrides))
+    with tqdm(total=trainer.config.steps, initial=trainer.step, unit="step") as bar:
+        for metrics in trainer:
+            bar.set_postfix(rec=f"{metrics['rec_loss']:.4f}", residual=f"{metrics['residual_norm']:.3f}", refresh=False)
+            bar.update()
+    return trainer.save()
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """The conditions of one subject's training: y_P, y_c, the empty prompt, and NFSD's negative prompt or None."""
+
+    subject: Condition
+    clean: Condition
+    empty: Condition
+    negative: Condition | None = None
+
+
+class Trainer:
+    """One training run: `for metrics in trainer:` trains step by step, `save()` writes the files and returns TrainResult.
+
+    Construction checks everything, prints the prompts, loads the model and goes on from a checkpoint if there is one;
+    nothing is written before the first step or save. Raises ConfigError or DataError.
+    config: the resolved TrainConfig; step: optimizer steps done; unet: the student, or the teacher with lora_scale=0.
+    """
+
+    def __init__(self, config: TrainConfig):
+        plan = prepare(config)
+        print(plan.describe_prompts(), flush=True)
+        cfg = self.config = plan.config
+        self._given, self.folder, self.resolution = config, plan.folder, plan.resolution
+        watch_memory(cfg.device)
+        parts = self.components = models.load_components(cfg.model, dtype=_DTYPES[cfg.base_dtype], device=cfg.device)
+        self.unet = parts.unet
+        self.space = PredictionSpace(parts.alphas_cumprod, parts.prediction_type == "v_prediction", cfg.loss_space)
+        self.draws = Draws(cfg, [self._latents(photos) for photos in plan.pictures], parts.alphas_cumprod)
+        generator = torch.Generator().manual_seed(cfg.seed)
+        self.layers = inject_lora(self.unet, cfg.lora_targets, cfg.rank, cfg.lora_alpha, generator, cfg.backend)
+        if cfg.memory == "low":
+            enable_gradient_checkpointing(self.unet)
+        self.rows = conditioning.add_rows(parts, cfg, generator)
+        self._encode_prompts(plan.prompts)
+        self.passes = methods.passes(cfg)
+        self.update = Update(cfg, *self._named_parameters())
+        self.step, self._seconds, self._is_open, self._metrics_bytes = 0, 0.0, False, None
+        if plan.state is not None:
+            self._load_state(plan.state)
+
+    def _latents(self, photos: Tensor) -> Tensor:
+        latents = torch.cat([self.components.to_latents(photo[None]) for photo in photos])
+        if not latents.isfinite().all():
+            raise DataError(f"model: the autoencoder of {self.config.model!r} gives latents that are not finite")
+        return latents
+
+    @torch.no_grad()
+    def _encode_prompts(self, prompts: dict[str, str]) -> None:
+        """Conditions that never change, computed once: y_c, the empty and the negative prompt; y_P if no token learns."""
+        encode = partial(conditioning.encode, self.components)
+        own = [prompts[name] for name in conditioning.subject_names(self.config)]
+        self._subject_ids = conditioning.tokenize(self.components.tokenizers, own)
+        self._fixed = {"clean": encode(prompts["y_c"]), "empty": conditioning.encode_empty(self.components)}
+        if "negative" in prompts:
+            self._fixed["negative"] = encode(prompts["negative"])
+        if not self.config.learn_token:
+            self._fixed["subject"] = encode(own)
+
+    def _subject_conditions(self, subjects: list[int]) -> Condition:
+        """y_P of each sample's subject, [B]; each distinct one is encoded once, with its graph to the token rows."""
+        if "subject" in self._fixed:
+            return self._fixed["subject"].rows(subjects)
+        distinct = sorted(set(subjects))
+        condition = conditioning.encode_ids(self.components, [ids[distinct] for ids in self._subject_ids])
+        return condition.rows([distinct.index(subject) for subject in subjects])
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Steps 1 to 4 of PALP.md -> (the scalar whose gradient to eps_hat is g, stats [B, 3] of score_residual)."""
+        cfg, space, t = self.config, self.space, batch.t
+        t_new = t if batch.t_new is None else batch.t_new
+        noise_new = batch.noise if batch.noise_new is None else batch.noise_new
+        weights = {"sample_weight": product(batch.sample_weight, space.loss_weight(t)), "backend": cfg.backend}
+
+        # 1. The student's prediction at x_t, with its graph to LoRA and token rows.
+        subject = self._subject_conditions(batch.subjects)
+        pred = self.predict(batch.x_t, t, subject)
+        target = space.of(batch.latents, batch.noise, t)
+        if not self.passes:
+            none = torch.zeros(0, len(t), device=t.device)
+            return functional.score_combination(pred, target, [], none, residual_weight=0.0, **weights)
+
+        with torch.no_grad():
+            # 2. Its x0_hat, noised again: one copy for each no-grad prediction.
+            alpha_bar = self.components.alphas_cumprod
+            x_hat = functional.renoise(
+                batch.x_t, space.eps(pred, batch.x_t, t), batch.noise, alpha_bar[t],
+                alpha_bar_new=None if batch.t_new is None else alpha_bar[t_new], noise_new=batch.noise_new,
+                copies=len(self.passes), backend=cfg.backend)
+            # 3. Teacher and student at x_hat, in one pass; nothing is back-propagated through it.
+            predictions = self._predict_all(x_hat, t_new, subject.detach())
+            arguments = methods.complete(
+                cfg.method, predictions, space,
+                x0_hat=space.x0(pred, batch.x_t, t), x_hat=x_hat[: len(t)], noise_new=noise_new, t_new=t_new)
+        # 4. The residual is an extra upstream gradient on the prediction of step 1.
+        scale = product(batch.residual_scale, space.residual_factor(t, batch.t_new))
+        return functional.score_residual(
+            pred, target, **arguments, alpha=cfg.alpha, beta=cfg.beta, residual_weight=cfg.residual_weight,
+            residual_scale=scale, **weights)
+
+    def predict(self, x: Tensor, t: Tensor, condition: Condition, lora_scale: float | Tensor = 1.0) -> Tensor:
+        """What the UNet predicts at x [B, C, h, w], t [B]: by the student, or by the teacher where lora_scale is 0."""
+        kwargs = conditioning.unet_kwargs(self.components, condition, x)
+        return self.unet(x, t, **kwargs, lora_scale=lora_scale, return_dict=False)[0]
+
+    def _predict_all(self, x_hat: Tensor, t: Tensor, subject: Condition) -> dict[str, Tensor]:
+        """The no-grad predictions by argument of score_residual: views [B, C, h, w] of one batch."""
+        prompts = {name: condition.rows(range(len(t))) for name, condition in self._fixed.items()} | {"subject": subject}
+        strengths = [entry.lora_scale for entry in self.passes]
+        lora_scale = strengths[0]
+        if len(set(strengths)) > 1:
+            lora_scale = torch.tensor(strengths, device=t.device).repeat_interleave(len(t))
+        together = Condition.cat([prompts[entry.prompt] for entry in self.passes])
+        predicted = self.predict(x_hat, t.repeat(len(self.passes)), together, lora_scale)
+        views = predicted.unflatten(0, (len(self.passes), len(t))).unbind(0)
+        return {entry.argument: view for entry, view in zip(self.passes, views)}
+
+    def _train_step(self) -> dict:
+        """One optimizer step over grad_accumulation batches; step 5 of PALP.md -> metrics."""
+        cfg, update, started = self.config, self.update, time.perf_counter()
+        update.zero()
+        t, stats, loss = [], [], 0.0
+        for i in range(cfg.grad_accumulation):
+            batch = self.draws.batch(self.step, i * cfg.batch_size)
+            batch_loss, batch_stats = self._loss(batch)
+            # 5. One backward pass from g, and one step on LoRA factors and token rows.
+            update.backward(batch_loss / cfg.grad_accumulation)
+            loss = loss + batch_loss.detach() / cfg.grad_accumulation
+            stats.append(batch_stats)
+            t.append(batch.t)
+        t, stats = torch.cat(t), torch.cat(stats)
+        lr, metrics = update.lr, self._metrics(loss, stats, t, update.clip())
+        update.check(self.step + 1, metrics)
+        update.step()
+        self.draws.sampler.update(t, product(stats[:, 2], self.space.loss_weight(t)))
+        self.step += 1
+        seconds = time.perf_counter() - started
+        self._seconds += seconds
+        return {"step": self.step, **metrics, "lr": lr, "seconds": seconds}
+
+    def _metrics(self, loss: Tensor, stats: Tensor, t: Tensor, grad_norm: Tensor) -> dict[str, float]:
+        """Means over the samples; token_norm over all rows. The one place where a step waits for the device."""
+        rows = torch.cat([row.detach().norm(dim=1) for own in self.rows for row in own])
+        names = ("loss", "rec_loss", "residual_norm", "timestep", "grad_norm", "token_norm")
+        values = (loss, stats[:, 0].mean(), stats[:, 1].mean(), t.float().mean(), grad_norm, rows.mean())
+        return dict(zip(names, torch.stack([value.float() for value in values]).tolist()))
+
+    def __iter__(self) -> Iterator[dict]:
+        cfg = self.config
+        self._open()
+        while self.step < cfg.steps:
+            metrics = self._train_step()
+            self.folder.write_metrics(metrics)
+            if cfg.sample_every and self.step % cfg.sample_every == 0:
+                previews.draw(self, self.folder.samples / f"step-{self.step:08d}")
+            if cfg.checkpoint_every and self.step % cfg.checkpoint_every == 0:
+                self._save_checkpoint()
+            yield metrics
+
+    def gradients(
+        self, latents: Tensor, t: Tensor, noise: Tensor, *, subject: int = 0, t_new: Tensor | None = None,
+        noise_new: Tensor | None = None
+    ) -> dict[str, float]:
+        """Zeroes, then fills, the gradients of one PALP step of this batch -> its metrics. Steps nothing, clips nothing.
+
+        latents, noise, noise_new: [B, C, h, w] as the UNet sees them; t, t_new: [B]. noise_new and t_new default to the
+        first ones. Samples weigh the same; the residual is rescaled or not as the config says.
+        """
+        device = self.components.device
+        latents, noise, t = latents.to(device), noise.to(device), t.to(device)
+        ones = torch.ones(len(t), device=device)
+        batch = Batch(
+            latents, self.space.noised(latents, noise, t), noise, t, [subject] * len(t), ones,
+            ones if self.config.rescale else self.space.unscaled(t),
+            None if t_new is None else t_new.to(device), None if noise_new is None else noise_new.to(device))
+        self.update.zero()
+        loss, stats = self._loss(batch)
+        self.update.backward(loss)
+        return self._metrics(loss.detach(), stats, t, self.update.gradients())
+
+    def named_lora(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+        """(diffusers module path inside the UNet, lora_a [r, d_in], lora_b [d_out, r]) of every adapted projection."""
+        for path, layer in self.layers.items():
+            yield path, layer.lora_a, layer.lora_b
+
+    def token_rows(self) -> list[nn.Parameter]:
+        """The trained rows [vectors, width]: for each subject one Parameter per text encoder; [] if no token learns."""
+        return [row for own in self.rows for row in own if row.requires_grad]
+
+    def _named_parameters(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+        lora = {f"{path}.{name}": getattr(layer, name) for path, layer in self.layers.items() for name in ("lora_a", "lora_b")}
+        rows = {
+            f"token {subject.token}, text encoder {i + 1}": row
+            for subject, own in zip(self.config.subjects, self.rows) for i, row in enumerate(own) if row.requires_grad
+        }
+        return lora, rows
+
+    def conditioning(self, subject: int = 0) -> Conditioning:
+        """The conditions as the next step sees them; .subject (y_P) with its graph to the token rows."""
+        return Conditioning(**{"subject": self._subject_conditions([subject])} | {
+            name: condition for name, condition in self._fixed.items() if name != "subject"})
+
+    def save(self) -> TrainResult:
+        """Writes the checkpoint and the LoRA and token files as they are now."""
+        self._open()
+        saved = self._save_checkpoint()
+        lora, kohya, embedding = write_files(self.folder.path, self)
+        return TrainResult(
+            lora, kohya, embedding, self.folder.metrics, sorted(self.folder.samples.glob("*/*.png")), saved, self.step,
+            self._seconds, peak_memory_bytes(self.config.device), self.config)
+
+    def _open(self) -> None:
+        if not self._is_open:
+            self.folder.open(self._given, self._metrics_bytes)
+            self._is_open = True
+
+    def _save_checkpoint(self) -> Path:
+        self.update.check_parameters(self.step)
+        state = {"step": self.step, "sampler": self.draws.sampler.state_dict(), **self.update.state_dict()}
+        return self.folder.save_checkpoint(state)
+
+    def _load_state(self, state: dict) -> None:
+        self.step, self._metrics_bytes = state["step"], state["metrics_bytes"]
+        self.draws.sampler.load_state_dict(state["sampler"])
+        self.update.load_state_dict(state)
+
+
+def product(value: Tensor, factor: Tensor | None) -> Tensor:
+    """value [B] times factor [B] or None (= 1)."""
+    return value if factor is None else value * factor
