@@ -186,7 +186,9 @@ def _lora_setup(ctx, inputs, output):
 def _lora_backward(bwd: Callable) -> Callable:
     def backward(ctx, d_y, d_low):
         need_x, need_a, need_b = (ctx.needs_input_grad[i] for i in (0, 3, 4))
-        d_x, d_a, d_b = bwd(d_y, *ctx.saved_tensors[:-1], ctx.scale, ctx.saved_tensors[-1], need_x)
+        # Read once: under gradient checkpointing a second read of saved_tensors is an error.
+        *tensors, gate = ctx.saved_tensors
+        d_x, d_a, d_b = bwd(d_y, *tensors, ctx.scale, gate, need_x)
         return d_x if need_x else None, None, None, d_a if need_a else None, d_b if need_b else None, None, None
 
     return backward
