@@ -58,7 +58,7 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
     prompts.check(TrainConfig(**values))
     if values["clean_prompt"] is None:
         values["clean_prompt"] = prompts.clean_prompt(cfg.prompt, values["subjects"])
-    _check_output_dir(cfg.output_dir)
+    check_output_dir(cfg.output_dir)
     return TrainConfig(**values)
 
 
@@ -153,7 +153,7 @@ def _base_dtype(dtype: str, device: str) -> str:
     return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
 
 
-def _check_output_dir(output_dir: str) -> None:
+def check_output_dir(output_dir: str | os.PathLike) -> None:
     """Whether the folder exists or can be created, without creating it."""
     folder = Path(os.path.abspath(output_dir))
     existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))

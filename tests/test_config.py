@@ -18,7 +18,8 @@ DEFAULTS = {
     "negative_prompt": NFSD_NEGATIVE_PROMPT, "residual_weight": 0.1, "rescale": True, "same_noise": True,
     "same_timestep": True, "loss_space": "model", "rank": 32, "lora_alpha": None, "lora_targets": "attention",
     "learn_token": True, "token_vectors": 1, "token_norm": "free", "steps": 500, "batch_size": 1,
-    "grad_accumulation": 4, "lr": 1e-4, "token_lr": 5e-4, "lr_schedule": "constant", "optimizer": "adamw8bit", "max_grad_norm": 1.0,
+    "grad_accumulation": 4, "lr": 1e-4, "token_lr": 5e-4, "lr_schedule": "constant", "optimizer": "adamw8bit",
+    "max_grad_norm": 1.0,
     "timesteps": "stratified", "subject_sampling": "image", "resolution": None, "memory": "auto", "base_dtype": "auto",
     "seed": 0, "device": "auto", "cuda_graph": "auto", "checkpoint_every": 100, "sample_every": 0, "resume": "auto",
     "preset": None, "backend": "auto",
@@ -209,7 +210,7 @@ def test_preset_gives_way_to_given_fields_even_at_their_default(make):
         ({"lora_targets": "none", "learn_token": False}, "lora_targets: 'none' with learn_token False"),
         ({"device": "cuda:77"}, "device: 'cuda:77' is not allowed"),
         ({"subjects": [Subject("x", "cat")]}, "images: .* beside subjects"),
-        ({"images": None, "class_noun": None, "subjects": [Subject("x", "a")], "subject_prompt": "[V]"}, "subject_prompt:"),
+        ({"images": None, "class_noun": None, "subjects": [Subject("x", "a")], "subject_prompt": "x"}, "subject_prompt"),
     ],
 )
 def test_checks_across_fields(make, changes, message):

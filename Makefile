@@ -1,0 +1,36 @@
+# make demo   sets up .venv, trains DreamBooth and PALP on one subject, and writes the comparison picture
+# make test   sets up .venv and runs all tests
+#
+# On Linux the default torch brings its CUDA libraries (some gigabytes). On a machine without an NVIDIA card, name the
+# index of CPU builds that pytorch.org's "Get started" shows:
+#   make demo TORCH="torch==2.13.0 --index-url ..."
+# A torch that is already in .venv is kept, whatever its version.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: demo test
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed
+	$(PY) -m palp_fast.zoo.demo
+
+test: $(VENV)/installed
+	$(PY) -m pytest tests
+
+$(VENV)/torch:
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -c "import torch" 2>/dev/null || $(PIP) install $(TORCH)
+	touch $@
+
+# Editable: edits of Python count at once, a change of C++ or of the dependencies installs anew. The build must see the
+# torch that is installed, hence no isolation.
+$(VENV)/installed: $(VENV)/torch $(SOURCES)
+	$(PIP) install "setuptools>=77" wheel ninja numpy
+	$(PIP) install --no-build-isolation -e ".[test]"
+	touch $@

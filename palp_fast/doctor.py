@@ -1,0 +1,85 @@
+"""What this installation has and lacks: versions, devices, the backend of every operator with the reason, extras."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+
+REQUIRED = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pillow", "click", "tqdm")
+# Import name: what it would give. None is needed.
+OPTIONAL = {
+    "pillow_heif": "reading HEIC photos from phones (pip install pillow-heif)",
+    "accelerate": "faster loading of models with less memory",
+    "triton": "nothing in this version; GPU operators run on the PyTorch reference",
+    "bitsandbytes": "nothing; 8-bit optimizers are built in",
+    "xformers": "nothing; attention runs on PyTorch's own",
+}
+
+
+def report() -> str:
+    """The doctor's text: sections of indented lines."""
+    sections = {
+        "versions": _versions(),
+        "devices": _devices(),
+        "operators": _operators(),
+        "optional packages": _optional(),
+    }
+    return "\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in sections.items())
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _versions() -> list[str]:
+    from palp_fast import __version__
+
+    lines = [f"palp-fast {__version__}", f"Python {platform.python_version()}, {platform.platform()}"]
+    return lines + [f"{package} {_version(package)}" for package in REQUIRED]
+
+
+def _devices() -> list[str]:
+    import torch
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    lines = [f"cpu: {_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {capability}"]
+    if torch.version.cuda is None:
+        return [*lines, "cuda: none; this build of torch has no CUDA"]
+    if not torch.cuda.is_available():
+        return [*lines, f"cuda: none; torch was built for CUDA {torch.version.cuda} but finds no usable card or driver"]
+    for i in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(i)
+        bf16 = "bf16" if card.major >= 8 else "fp16 only"
+        lines.append(f"cuda:{i}: {card.name}, {card.total_memory / 2**30:.1f} GiB, sm_{card.major}{card.minor}, {bf16}")
+    return lines
+
+
+def _cpu_name() -> str:
+    if sys.platform.startswith("linux"):
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def _operators() -> list[str]:
+    from palp_fast import backend, ops  # noqa: F401 - loading the operators loads their C++ library
+
+    rows = backend.report()
+    width = max(len(row.operator) for row in rows)
+    return [f"{row.operator:<{width}} on {row.device:<4}: {row.backend} ({row.reason})" for row in rows]
+
+
+def _optional() -> list[str]:
+    lines = []
+    for name, gives in OPTIONAL.items():
+        found = importlib.util.find_spec(name) is not None
+        lines.append(f"{name} {_version(name) if found else 'missing'}: {gives}")
+    return lines

@@ -1,0 +1,63 @@
+"""`import palp_fast` stays light: diffusers and transformers load on first use, and so does torch."""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "diffusers", "transformers", "peft", "safetensors")
+
+
+def python(code):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True).stdout
+
+
+def seconds(code):
+    start = time.perf_counter()
+    python(code)
+    return time.perf_counter() - start
+
+
+def test_import_loads_nothing_heavy():
+    assert python(f"import sys, palp_fast; print([m for m in {HEAVY} if m in sys.modules])").strip() == "[]"
+
+
+def test_config_loads_nothing_heavy():
+    code = f"import sys, palp_fast; palp_fast.TrainConfig; print([m for m in {HEAVY} if m in sys.modules])"
+    assert python(code).strip() == "[]"
+
+
+def test_import_takes_at_most_half_as_long_again_as_torch():
+    python("import torch, palp_fast")
+    torch, ours = (statistics.median(seconds(f"import {name}") for _ in range(3)) for name in ("torch", "palp_fast"))
+    assert ours <= 1.5 * torch, f"import torch {torch:.2f} s, import palp_fast {ours:.2f} s"
+
+
+def test_operators_and_training_names_do_not_import_diffusers():
+    code = "import sys, palp_fast; palp_fast.functional, palp_fast.optim, palp_fast.sampler; print('diffusers' in sys.modules)"
+    assert python(code).strip() == "False"
+
+
+def test_public_functions_are_not_hidden_by_their_modules():
+    code = """
+import palp_fast.generate
+from palp_fast.evaluate import evaluate
+from palp_fast.generate import sample
+import palp_fast
+assert callable(palp_fast.generate) and callable(palp_fast.evaluate)
+assert palp_fast.evaluate is evaluate
+from palp_fast import generate
+assert generate is palp_fast.generate
+"""
+    python(code)
+
+
+def test_every_public_name_is_there():
+    python("import palp_fast; [getattr(palp_fast, name) for name in palp_fast.__all__]; assert 'train' in dir(palp_fast)")
+    assert "no attribute 'trian'" in python(
+        "import palp_fast\ntry: palp_fast.trian\nexcept AttributeError as error: print(error)"
+    )
