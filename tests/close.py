@@ -1,0 +1,35 @@
+"""The one comparison helper: relative L2 error against a truth, with figures that say how two tensors differ."""
+
+import torch
+from torch import Tensor
+
+
+def relative(actual: Tensor, truth: Tensor) -> float:
+    """|actual - truth| / |truth|, in fp64; |actual| itself where the truth is 0."""
+    actual, truth = actual.detach().double().cpu(), truth.detach().double().cpu()
+    return ((actual - truth).norm() / (truth.norm() or 1.0)).item()
+
+
+def describe(actual: Tensor, truth: Tensor) -> str:
+    """Relative L2, cosine, bias and greatest difference, for a failure message."""
+    actual, truth = actual.detach().double().cpu().flatten(), truth.detach().double().cpu().flatten()
+    cosine = torch.nn.functional.cosine_similarity(actual, truth, dim=0).item()
+    difference = actual - truth
+    return (
+        f"relative L2 {relative(actual, truth):.3e}, cosine {cosine:.9f}, bias {difference.mean():.3e}, "
+        f"greatest difference {difference.abs().max():.3e}"
+    )
+
+
+def assert_close(actual: Tensor, truth: Tensor, tolerance: float, name: str = "result") -> None:
+    """Fail unless shapes agree, `actual` is finite and its relative L2 error is within the tolerance."""
+    assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, not {tuple(truth.shape)}"
+    if truth.numel() == 0:
+        return
+    assert actual.isfinite().all(), f"{name}: not finite"
+    assert relative(actual, truth) <= tolerance, f"{name}: {describe(actual, truth)}, allowed {tolerance:.1e}"
+
+
+def assert_as_good(actual: Tensor, peer: Tensor, truth: Tensor, floor: float, name: str = "result") -> None:
+    """Fail if the error against the fp64 truth exceeds twice that of a PyTorch version of equal dtype, plus a floor."""
+    assert_close(actual, truth, 2 * relative(peer, truth) + floor, name)
