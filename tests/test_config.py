@@ -210,7 +210,7 @@ def test_preset_gives_way_to_given_fields_even_at_their_default(make):
         ({"lora_targets": "none", "learn_token": False}, "lora_targets: 'none' with learn_token False"),
         ({"device": "cuda:77"}, "device: 'cuda:77' is not allowed"),
         ({"subjects": [Subject("x", "cat")]}, "images: .* beside subjects"),
-        ({"images": None, "class_noun": None, "subjects": [Subject("x", "a")], "subject_prompt": "x"}, "subject_prompt"),
+        ({"images": None, "class_noun": None, "subjects": [Subject("x", "a")], "subject_prompt": "x"}, "subject_pro"),
     ],
 )
 def test_checks_across_fields(make, changes, message):
