@@ -79,9 +79,9 @@ CASES = {
     "unknown field": (lambda t: {"batch": 2}, ConfigError, "^batch: unknown field .* .did you mean 'batch_size'"),
     "output under a file": (
         lambda t: {"output_dir": str(t / "file" / "out")}, ConfigError, "^output_dir: .*file' is not a folder"),
-    "output is a file": (lambda t: {"output_dir": str(t / "file")}, ConfigError, "^output_dir: .*file' is not a folder"),
+    "output is a file": (lambda t: {"output_dir": str(t / "file")}, ConfigError, "^output_dir: .* is not a folder"),
     "unknown model": (lambda t: {"model": "emoji-46"}, ConfigError, "^model: unknown model 'emoji-46'; did you"),
-    "model folder without a model": (lambda t: {"model": str(t / "photos")}, ConfigError, "^model: .*photos' is neither"),
+    "folder without a model": (lambda t: {"model": str(t / "photos")}, ConfigError, "^model: .*photos' is neither"),
     "unknown preset": (lambda t: {"preset": "papers"}, ConfigError, "^preset: 'papers' is not allowed; allowed: N"),
     "token the model knows": (lambda t: {"token": "owl"}, ConfigError, "^token: 'owl'"),
     "resolution the model has not": (lambda t: {"resolution": 12}, ConfigError, "^resolution: 12"),
