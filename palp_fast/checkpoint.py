@@ -1,6 +1,6 @@
 """Checkpoints that are whole or not there: written aside, synced, renamed; the newest complete one is kept.
 
-<folder>/step-00000100/{state.pt, manifest.json}. The manifest is written last and holds the size and SHA-256 of the state.
+<folder>/step-00000100/{state.pt, manifest.json}; the manifest, written last, holds size and SHA-256 of the state.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _STATE, _MANIFEST = "state.pt", "manifest.json"
 def save(folder: str | os.PathLike, state: dict) -> Path:
     """Writes `state` (tensors, numbers, strings, nested dicts and lists; "step" and "fingerprint" among them).
 
-    Returns the checkpoint's own folder, <folder>/step-<step>. Older checkpoints go only once the new one is safe on disk.
+    Returns the checkpoint's own folder, <folder>/step-<step>. Older ones go only once the new one is safe on disk.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

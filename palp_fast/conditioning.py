@@ -69,7 +69,7 @@ def subject_names(cfg) -> list[str]:
 
 
 def prompts_of(cfg) -> dict[str, str]:
-    """Every prompt of a run by its name in PALP.md, as the tokenizer gets it: y_P (one per subject), y, y_c, negative."""
+    """Every prompt of a run, as the tokenizer gets it, by its name in PALP.md: each subject's y_P, y, y_c, negative."""
     words = words_of(cfg)
     prompts = {name: fill(subject.prompt, words) for name, subject in zip(subject_names(cfg), cfg.subjects)}
     prompts |= {"y": fill(cfg.prompt, words), "y_c": cfg.clean_prompt}

@@ -46,8 +46,13 @@ def passes(cfg) -> list[Pass]:
     return [entry for factor, entry in table if factor != 0]
 
 
-def complete(method: str, predictions: dict[str, Tensor], space, *, x0_hat, x_hat, noise_new, t_new) -> dict[str, Tensor]:
-    """The arguments of score_residual: the predictions, and what sds and nfsd put in the student's place."""
+def complete(
+    method: str, predictions: dict[str, Tensor], space, *, x0_hat: Tensor, x_hat: Tensor, noise_new: Tensor, t_new: Tensor
+) -> dict[str, Tensor | None]:
+    """The arguments of score_residual: the predictions, and what sds and nfsd put in the student's place.
+
+    x_hat = a_u x0_hat + s_u noise_new, u = t_new; all [B, C, h, w], t_new [B].
+    """
     arguments = dict.fromkeys(("teacher_cond", "teacher_uncond", "student_cond", "student_uncond")) | predictions
     if method == "sds":
         arguments["student_cond"] = space.of(x0_hat, noise_new, t_new)

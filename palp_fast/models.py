@@ -28,7 +28,8 @@ def resolve(reference: str | os.PathLike) -> Path | str:
     if name in MODELS:
         raise ConfigError(f"model: the built-in model {name!r} is not in this installation ({path} is missing)")
     if path.exists():
-        raise ConfigError(f"model: {name!r} is neither a diffusers folder (with model_index.json) nor a .safetensors file")
+        raise ConfigError(f"model: {name!r} is neither a diffusers folder (it has no model_index.json) "
+                          "nor a .safetensors file")
     if _HUB_ID.fullmatch(name):
         return name
     near = difflib.get_close_matches(name, MODELS, n=1)
@@ -190,13 +191,12 @@ def load_components(reference: str | os.PathLike, *, dtype: torch.dtype, device:
     known, source = facts(reference), resolve(reference)
     with _readable(reference):
         from_file = isinstance(source, Path) and source.is_file()
-        parts = _parts_of_file(source, known) if from_file else _parts_of_folder(source, known, dtype)
+        parts = (_parts_of_file if from_file else _parts_of_folder)(source, known, dtype)
     components = Components(family=known.family, reference=os.fspath(reference), zero_empty=known.zero_empty, **parts)
-    components.vae.to(device, torch.float32)
-    for module in (components.unet, *components.text_encoders):
-        module.to(device, dtype)
+    for encoder in components.text_encoders:
+        encoder.to(dtype)
     for module in (components.vae, components.unet, *components.text_encoders):
-        module.eval().requires_grad_(False)
+        module.to(device).eval().requires_grad_(False)
     if dtype != torch.float32:
         _join_precisions(components)
     return components
@@ -218,7 +218,7 @@ def _parts_of_folder(source, known, dtype):
     }
 
 
-def _parts_of_file(source, known):
+def _parts_of_file(source, known, dtype):
     import diffusers
 
     kind = {"sd": diffusers.StableDiffusionPipeline, "sdxl": diffusers.StableDiffusionXLPipeline}[known.family]
@@ -227,7 +227,7 @@ def _parts_of_file(source, known):
     return {
         "tokenizers": [getattr(pipeline, f"tokenizer{suffix}") for suffix in suffixes],
         "text_encoders": [getattr(pipeline, f"text_encoder{suffix}") for suffix in suffixes],
-        "vae": pipeline.vae, "unet": pipeline.unet, "scheduler": pipeline.scheduler,
+        "vae": pipeline.vae, "unet": pipeline.unet.to(dtype), "scheduler": pipeline.scheduler,
     }
 
 

@@ -29,9 +29,8 @@ class Plan:
     def describe_prompts(self) -> str:
         """One line per prompt: its name in PALP.md, its text, and its token ids (one list per text encoder)."""
         width = max(map(len, self.prompts))
-        return "\n".join(
-            f"{name:<{width}}  {text!r}  {' '.join(map(str, self.token_ids[name]))}" for name, text in self.prompts.items()
-        )
+        ids = {name: " ".join(map(str, per_encoder)) for name, per_encoder in self.token_ids.items()}
+        return "\n".join(f"{name:<{width}}  {text!r}  {ids[name]}" for name, text in self.prompts.items())
 
 
 def prepare(config) -> Plan:
@@ -48,13 +47,15 @@ def prepare(config) -> Plan:
         for subject in cfg.subjects
     ]
     folder = RunFolder(cfg.output_dir, cfg.fingerprint())
+    folder.check_writable()
     return Plan(cfg, resolution, pictures, prompts_of(cfg), token_ids, folder, folder.earlier_state(cfg.resume))
 
 
 def _resolution(cfg, facts):
     resolution = cfg.resolution or facts.resolution
     if resolution % facts.vae_scale:
-        raise ConfigError(f"resolution: {resolution} does not fit {cfg.model!r}; allowed: multiples of {facts.vae_scale}")
+        raise ConfigError(f"resolution: {resolution} does not fit {cfg.model!r}; "
+                          f"allowed: multiples of {facts.vae_scale}")
     return resolution
 
 

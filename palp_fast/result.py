@@ -15,9 +15,9 @@ from palp_fast import export
 class TrainResult:
     """The files of a run. lora and lora_kohya are None when nothing but the token was trained.
 
-    lora: PEFT keys; embedding: {token word: file}; metrics: JSON lines, one object per step; samples: pictures in order;
-    checkpoint: folder; steps: optimizer steps done; seconds: in this process; peak_memory_bytes: of the device (CUDA) or
-    of the process (CPU).
+    lora: PEFT keys; embedding: {token word: file}; metrics: JSON lines, one object per step; samples: pictures in
+    order; checkpoint: its folder; steps: optimizer steps done; seconds: of training in this process; peak_memory_bytes:
+    of tensors on the device (CUDA) or of the process (CPU); config: as resolved.
     """
 
     lora: Path | None
@@ -56,7 +56,8 @@ def write_files(folder: Path, trainer) -> tuple[Path | None, Path | None, dict[s
     }
     layers = {path: (a, b) for path, a, b in trainer.named_lora()}
     if layers:
-        settings = {"lora_alpha": cfg.lora_alpha, "metadata": export.metadata(name=name, trigger=", ".join(tokens), **facts)}
+        entries = export.metadata(name=name, trigger=", ".join(tokens), **facts)
+        settings = {"lora_alpha": cfg.lora_alpha, "metadata": entries}
         lora = export.save_peft(folder / f"{name}.peft.safetensors", layers, **settings)
         kohya = export.save_kohya(folder / f"{name}.safetensors", layers, **settings)
     embedding = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from pathlib import Path
 
 from palp_fast import checkpoint
@@ -22,6 +23,16 @@ class RunFolder:
         self.samples = self.path / "samples"
         self._owner = self.path / "run.json"
         self._metrics_file = None
+
+    def check_writable(self) -> None:
+        """Raises ConfigError if no file can be made where the folder is or will be; permission bits do not tell all."""
+        existing = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
+        try:
+            # Unnamed on Linux: nothing is ever to be seen.
+            tempfile.TemporaryFile(dir=existing).close()
+        except OSError as error:
+            reason = f"no file can be made in {str(existing)!r} ({error.strerror})"
+            raise ConfigError(f"output_dir: {str(self.path)!r} is not allowed; {reason}") from error
 
     def earlier_state(self, resume: str) -> dict | None:
         """The checkpoint state to go on from, or None. Writes nothing.
@@ -43,10 +54,11 @@ class RunFolder:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"output_dir: {str(self._owner)!r} cannot be read ({error}); choose another folder") from error
+            message = f"output_dir: {str(self._owner)!r} cannot be read ({error}); choose another folder"
+            raise ConfigError(message) from error
 
     def open(self, config, metrics_bytes: int | None) -> None:
-        """Creates the folder; the metrics file is cut to the length that the checkpoint knew, or all starts anew (None)."""
+        """Creates the folder; the metrics file is cut to the length that the checkpoint knew; None: all starts anew."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomic(self._owner, json.dumps({"fingerprint": self.fingerprint}).encode())
         try:

@@ -48,7 +48,7 @@ class PredictionSpace:
         return (x_t - self.s(t) * pred) / self.a(t)
 
     def zero_eps(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """The prediction at x_t that means no noise at all; NFSD's residual is no difference of two scores at small t."""
+        """The prediction at x_t that means no noise: NFSD's residual is no difference of two scores at small t."""
         return -self.s(t) / self.a(t) * x_t if self.velocity else torch.zeros_like(x_t)
 
     def residual_factor(self, t: Tensor, t_new: Tensor | None) -> Tensor | None:

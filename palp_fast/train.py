@@ -52,7 +52,7 @@ class Conditioning:
 
 
 class Trainer:
-    """One training run: `for metrics in trainer:` trains step by step, `save()` writes the files and returns TrainResult.
+    """One training run: `for metrics in trainer:` trains step by step, `save()` writes the files.
 
     Construction checks everything, prints the prompts, loads the model and goes on from a checkpoint if there is one;
     nothing is written before the first step or save. Raises ConfigError or DataError.
@@ -89,7 +89,7 @@ class Trainer:
 
     @torch.no_grad()
     def _encode_prompts(self, prompts: dict[str, str]) -> None:
-        """Conditions that never change, computed once: y_c, the empty and the negative prompt; y_P if no token learns."""
+        """Conditions that never change, computed once: y_c, empty and negative prompt; y_P too if no token learns."""
         encode = partial(conditioning.encode, self.components)
         own = [prompts[name] for name in conditioning.subject_names(self.config)]
         self._subject_ids = conditioning.tokenize(self.components.tokenizers, own)
@@ -147,7 +147,8 @@ class Trainer:
 
     def _predict_all(self, x_hat: Tensor, t: Tensor, subject: Condition) -> dict[str, Tensor]:
         """The no-grad predictions by argument of score_residual: views [B, C, h, w] of one batch."""
-        prompts = {name: condition.rows(range(len(t))) for name, condition in self._fixed.items()} | {"subject": subject}
+        batch = range(len(t))
+        prompts = {name: condition.rows(batch) for name, condition in self._fixed.items()} | {"subject": subject}
         strengths = [entry.lora_scale for entry in self.passes]
         lora_scale = strengths[0]
         if len(set(strengths)) > 1:
@@ -203,7 +204,7 @@ class Trainer:
         self, latents: Tensor, t: Tensor, noise: Tensor, *, subject: int = 0, t_new: Tensor | None = None,
         noise_new: Tensor | None = None
     ) -> dict[str, float]:
-        """Zeroes, then fills, the gradients of one PALP step of this batch -> its metrics. Steps nothing, clips nothing.
+        """Zeroes, then fills, the gradients of one PALP step of this batch -> its metrics. Neither steps nor clips.
 
         latents, noise, noise_new: [B, C, h, w] as the UNet sees them; t, t_new: [B]. noise_new and t_new default to the
         first ones. Samples weigh the same; the residual is rescaled or not as the config says.
@@ -230,7 +231,9 @@ class Trainer:
         return [row for own in self.rows for row in own if row.requires_grad]
 
     def _named_parameters(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-        lora = {f"{path}.{name}": getattr(layer, name) for path, layer in self.layers.items() for name in ("lora_a", "lora_b")}
+        lora = {
+            f"{path}.{name}": getattr(layer, name) for path, layer in self.layers.items() for name in ("lora_a", "lora_b")
+        }
         rows = {
             f"token {subject.token}, text encoder {i + 1}": row
             for subject, own in zip(self.config.subjects, self.rows) for i, row in enumerate(own) if row.requires_grad

@@ -67,8 +67,9 @@ class Update:
         return nn.utils.get_total_norm([parameter.grad for parameter in self.named.values()])
 
     def check(self, step: int, metrics: dict[str, float]) -> None:
-        """Raises TrainingDiverged if something is not finite; fp16 gradients may overflow while the loss scale settles."""
-        for name, tensor in (("rec_loss", "the student's prediction"), ("residual_norm", "the residual"), ("loss", "the loss")):
+        """Raises TrainingDiverged if something is not finite; fp16 gradients may overflow while their scale settles."""
+        tensors = {"rec_loss": "the student's prediction", "residual_norm": "the residual", "loss": "the loss"}
+        for name, tensor in tensors.items():
             if not math.isfinite(metrics[name]):
                 raise diverged(step, tensor)
         if not math.isfinite(metrics["grad_norm"]) and (not self.scaler.is_enabled() or self.scaler.get_scale() < 1):

@@ -56,10 +56,8 @@ def photos(n=3, size=20, seed=0):
     """n PIL pictures of noise-free colour gradients, all different."""
     ramp = np.linspace(0, 255, size)
     rng = np.random.default_rng(seed)
-    return [
-        Image.fromarray(np.stack([np.outer(np.ones(size), ramp * w) for w in rng.uniform(0.2, 1, 3)], -1).astype("uint8"))
-        for _ in range(n)
-    ]
+    arrays = [np.tile(ramp[:, None] * rng.uniform(0.2, 1, 3), (size, 1, 1)) for _ in range(n)]
+    return [Image.fromarray(array.astype("uint8")) for array in arrays]
 
 
 def config(folder, output_dir, **overrides):
@@ -92,14 +90,14 @@ def _bpe():
 def _text_config(vocabulary, width, **more):
     start, end = vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"]
     return CLIPTextConfig(
-        vocab_size=len(vocabulary), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=16, bos_token_id=start, eos_token_id=end, pad_token_id=end, **more)
+        vocab_size=len(vocabulary), bos_token_id=start, eos_token_id=end, pad_token_id=end, max_position_embeddings=16,
+        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2, **more)
 
 
 def _vae():
     return AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4, norm_num_groups=4, layers_per_block=1, sample_size=16, scaling_factor=0.5)
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, sample_size=16,
+        block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, layers_per_block=1, scaling_factor=0.5)
 
 
 def _unet(sdxl):
