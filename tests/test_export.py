@@ -5,13 +5,13 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import model_folder
 
-from palp_fast import export
+from palp_fast import Trainer, export
 from palp_fast.generate import apply_files, load_token, sample
 from palp_fast.nn.lora import inject_lora
 
@@ -67,12 +67,12 @@ def difference(first, second):
 
 @pytest.fixture(scope="module")
 def sd_folder(tmp_path_factory):
-    return model_folder(tmp_path_factory.mktemp("sd"))
+    return tiny.model_folder(tmp_path_factory.mktemp("sd"))
 
 
 @pytest.fixture(scope="module")
 def sdxl_folder(tmp_path_factory):
-    return model_folder(tmp_path_factory.mktemp("sdxl"), "sdxl")
+    return tiny.model_folder(tmp_path_factory.mktemp("sdxl"), "sdxl")
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
@@ -98,6 +98,32 @@ def test_stock_diffusers_draws_our_picture(sd_folder, tmp_path, kind, lora_alpha
     assert difference(plain, expected) > 20, "the LoRA and token hardly change the picture: nothing was tested"
     stock.set_adapters("subject", 1.3 * strength)
     assert difference(draw(stock), expected) > 2, "strength hardly matters: a wrong alpha would go unnoticed"
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("lora_alpha", [None, 10.0])
+def test_stock_diffusers_draws_the_trainers_own_picture(sd_folder, tmp_path, lora_alpha, strength):
+    # With a larger lr the attention saturates, and the picture no longer depends on the strength.
+    fields = {"lora_alpha": lora_alpha, "lr": 0.01, "token_lr": 0.5, "token": "zorp", "token_vectors": 2, "steps": 6}
+    trainer = Trainer(tiny.config(sd_folder, tmp_path / "run", residual_weight=0.1, optimizer="adamw", **fields))
+    for _ in trainer:
+        pass
+    result = trainer.save()
+    at_strength = trainer.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "lora_scale": strength}), with_kwargs=True, prepend=True
+    )
+    expected = draw(trainer.components.pipeline())
+    at_strength.remove()
+    for lora in (result.lora, result.lora_kohya):
+        stock = StableDiffusionPipeline.from_pretrained(sd_folder)
+        plain = draw(stock)
+        stock.load_textual_inversion(str(result.embedding["zorp"]), token="zorp")
+        stock.load_lora_weights(str(lora), adapter_name="subject")
+        stock.set_adapters("subject", strength)
+        assert difference(draw(stock), expected) <= 2
+        assert difference(plain, expected) > 20, "training hardly changed the picture: nothing was tested"
+        stock.set_adapters("subject", 2 * strength)
+        assert difference(draw(stock), expected) > 4, "strength hardly matters: a wrong alpha would go unnoticed"
 
 
 def test_every_lora_key_is_used_by_diffusers(sd_folder, tmp_path):
