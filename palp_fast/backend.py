@@ -18,6 +18,7 @@ LIBRARY = LIBRARY_FOLDER / _NAMES.get(sys.platform, "libpalp_fast_cpu.so")
 BUILD_NOTE = LIBRARY_FOLDER / "build.txt"
 
 _problem: str | None = "the C++ library has not been loaded yet"
+_served: frozenset[str] = frozenset()
 _deterministic = True
 
 
@@ -32,16 +33,19 @@ class Row(NamedTuple):
 
 def load_library() -> None:
     """Load the C++ library if it is there; never raises, `select` and `report` say what is wrong."""
-    global _problem
+    global _problem, _served
     if not LIBRARY.exists():
         note = BUILD_NOTE.read_text(encoding="utf-8").strip() if BUILD_NOTE.exists() else ""
         _problem = note or "the C++ library was not built (pip install builds it where a C++ compiler is found)"
         return
     try:
         torch.ops.load_library(str(LIBRARY))
-        _problem = None
     except OSError as error:
         _problem = f"the C++ library {LIBRARY.name} does not load: {error}"
+        return
+    _problem = None
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    _served = frozenset(op for op in OPERATORS if has_kernel(f"palp_fast::{op}", "CPU"))
 
 
 def select(op: str, device: torch.device, requested: str = "auto") -> str:
@@ -54,7 +58,7 @@ def select(op: str, device: torch.device, requested: str = "auto") -> str:
         return "reference"
     if requested not in BACKENDS:
         raise ValueError(f"backend={requested!r}: allowed are {', '.join(map(repr, BACKENDS))}")
-    reason = _obstacle(op, device, "cpu" if requested == "auto" else requested)
+    reason = obstacle(op, device, "cpu" if requested == "auto" else requested)
     if reason is None:
         return "cpu"
     if requested == "auto":
@@ -62,7 +66,7 @@ def select(op: str, device: torch.device, requested: str = "auto") -> str:
     raise RuntimeError(f"backend={requested!r} cannot serve {op} on {device}: {reason}")
 
 
-def _obstacle(op: str, device: torch.device, name: str) -> str | None:
+def obstacle(op: str, device: torch.device, name: str) -> str | None:
     """Why `name` cannot serve `op` on `device`, or None if it can."""
     if name != "cpu":
         return f"this version has no {name} operators"
@@ -70,6 +74,8 @@ def _obstacle(op: str, device: torch.device, name: str) -> str | None:
         return f"the C++ library serves cpu tensors, not {device.type}"
     if op not in CPU_OPERATORS:
         return f"no C++ version of {op} in this version"
+    if _problem is None and op not in _served:
+        return f"the C++ library {LIBRARY.name} is of a version without {op}: install palp_fast again"
     return _problem
 
 
@@ -79,7 +85,7 @@ def report(devices: tuple[str, ...] = ("cpu", "cuda")) -> list[Row]:
     for name in devices:
         device = torch.device(name)
         for op in OPERATORS:
-            reason = _obstacle(op, device, "cpu")
+            reason = obstacle(op, device, "cpu")
             rows.append(Row(op, name, select(op, device), reason or f"loaded {LIBRARY.name}"))
     return rows
 

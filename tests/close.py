@@ -1,7 +1,13 @@
 """The one comparison helper: relative L2 error against a truth, with figures that say how two tensors differ."""
 
+import pytest
 import torch
 from torch import Tensor
+
+from palp_fast import backend, ops  # noqa: F401  (ops loads the library)
+
+_obstacle = backend.obstacle("renoise", torch.device("cpu"), "cpu")
+BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(_obstacle is not None, reason=str(_obstacle)))]
 
 
 def relative(actual: Tensor, truth: Tensor) -> float:

@@ -1,0 +1,95 @@
+// From torch's stable tensors to the torch-free views of the kernels. Checks shapes, so that no call can read outside.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "palp_fast/convert.h"
+#include "palp_fast/image.h"
+
+namespace palp_fast::bindings {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(ScalarType type, const char* name) {
+  switch (type) {
+    case ScalarType::Half: return DType::float16;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::Double: return DType::float64;
+    default: STD_TORCH_CHECK(false, name, ": allowed are float16, bfloat16, float32, float64");
+  }
+}
+
+inline Shape shape_of(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 4, name, " has ", tensor.dim(), " dimensions: allowed is [B, C, H, W]");
+  const auto sizes = tensor.sizes();
+  return Shape{sizes[0], sizes[1], sizes[2], sizes[3]};
+}
+
+// `channels` < shape.channels means one channel, read for every channel.
+inline ImageView view_of(const Tensor& tensor, const Shape& shape, const char* name, bool one_channel = false) {
+  const Shape own = shape_of(tensor, name);
+  const int64_t channels = one_channel ? 1 : shape.channels;
+  STD_TORCH_CHECK(
+      own.batch == shape.batch && own.channels == channels && own.height == shape.height && own.width == shape.width,
+      name, " has shape [", own.batch, ", ", own.channels, ", ", own.height, ", ", own.width, "]: allowed is [",
+      shape.batch, ", ", channels, ", ", shape.height, ", ", shape.width, "]");
+  STD_TORCH_CHECK(tensor.is_cpu(), name, " is not on the cpu");
+  const auto strides = tensor.strides();
+  return ImageView{
+      tensor.const_data_ptr(), dtype_of(tensor.scalar_type(), name), strides[0], one_channel ? 0 : strides[1],
+      strides[2], strides[3]};
+}
+
+inline ImageOut out_of(const Tensor& tensor) {
+  return ImageOut{tensor.mutable_data_ptr(), dtype_of(tensor.scalar_type(), "result")};
+}
+
+template <typename Real, typename Stored>
+void read_vector(const void* data, int64_t count, int64_t stride, Real* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = Real(widen(static_cast<const Stored*>(data)[i * stride]));
+}
+
+// `count` values of a row, as Real.
+template <typename Real>
+void read_row(const Tensor& tensor, int64_t offset, int64_t count, int64_t stride, Real* out, const char* name) {
+  const DType dtype = dtype_of(tensor.scalar_type(), name);
+  const char* data = static_cast<const char*>(tensor.const_data_ptr());
+  switch (dtype) {
+    case DType::float16: return read_vector<Real, Half>(data + 2 * offset, count, stride, out);
+    case DType::bfloat16: return read_vector<Real, BFloat16>(data + 2 * offset, count, stride, out);
+    case DType::float64: return read_vector<Real, double>(data + 8 * offset, count, stride, out);
+    default: return read_vector<Real, float>(data + 4 * offset, count, stride, out);
+  }
+}
+
+// [B] values, or `missing` for each where the argument was None.
+template <typename Real>
+std::vector<Real> per_sample(const std::optional<Tensor>& tensor, int64_t batch, Real missing, const char* name) {
+  std::vector<Real> values(batch, missing);
+  if (tensor) {
+    STD_TORCH_CHECK(tensor->dim() == 1 && tensor->sizes()[0] == batch, name, ": allowed is a vector of ", batch);
+    STD_TORCH_CHECK(tensor->is_cpu(), name, " is not on the cpu");
+    read_row(*tensor, 0, batch, tensor->strides()[0], values.data(), name);
+  }
+  return values;
+}
+
+inline Tensor empty_like_of(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+template <typename Real>
+constexpr ScalarType scalar_type_of = std::is_same_v<Real, double> ? ScalarType::Double : ScalarType::Float;
+
+inline void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
+}
+
+}  // namespace palp_fast::bindings

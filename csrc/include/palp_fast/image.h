@@ -1,0 +1,34 @@
+// How an operator sees a [B, C, H, W] tensor: no torch types, so that any compiler and device can include it.
+#pragma once
+
+#include <cstdint>
+
+namespace palp_fast {
+
+enum class DType { float16, bfloat16, float32, float64 };
+
+struct Shape {
+  int64_t batch = 0, channels = 0, height = 0, width = 0;
+
+  int64_t image() const { return channels * height * width; }
+  int64_t numel() const { return batch * image(); }
+};
+
+// Read-only. Strides are in elements; a stride of 0 repeats the dimension (a mask over channels).
+struct ImageView {
+  const void* data = nullptr;
+  DType dtype = DType::float32;
+  int64_t batch_stride = 0, channel_stride = 0, row_stride = 0, column_stride = 0;
+
+  bool image_is_contiguous(const Shape& shape) const {
+    return column_stride == 1 && row_stride == shape.width && channel_stride == shape.height * shape.width;
+  }
+};
+
+// Written by the operator: contiguous.
+struct ImageOut {
+  void* data = nullptr;
+  DType dtype = DType::float32;
+};
+
+}  // namespace palp_fast

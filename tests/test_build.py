@@ -1,0 +1,148 @@
+"""Building and installing: wheel contents, a missing compiler, a broken library, what `report` says."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from palp_fast import backend, ops  # noqa: F401  (ops loads the library)
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+
+PROBE = """
+import torch
+from palp_fast import backend, functional
+rows = {row.operator: row for row in backend.report(("cpu",))}
+x = torch.ones(1, 1, 2, 2)
+print(rows["renoise"].backend, "|", rows["renoise"].reason)
+print(functional.renoise(x, x, x, torch.full((1,), 0.5)).sum().item())
+"""
+
+
+def build_wheel(folder: Path, **environment: str) -> zipfile.ZipFile:
+    """The wheel, built from a copy of what a build reads, so that the source tree stays as it is."""
+    source = folder / "source"
+    (source / "palp_fast" / "reference").mkdir(parents=True)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    (source / "csrc").symlink_to(ROOT / "csrc")
+    for pattern in ("*.py", "reference/*.py"):
+        for path in (ROOT / "palp_fast").glob(pattern):
+            (source / path.relative_to(ROOT)).write_bytes(path.read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-build-isolation", "--no-deps", "-w", str(folder), "-q"]
+    subprocess.run(command, cwd=source, env={**os.environ, **environment}, check=True, timeout=300)
+    (wheel,) = folder.glob("*.whl")
+    return zipfile.ZipFile(wheel)
+
+
+def probe(folder: Path) -> tuple[str, float]:
+    """What a fresh process says that imports the package from this folder."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", PROBE], cwd=folder, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    line, value = run.stdout.splitlines()
+    return line, float(value)
+
+
+def has_compiler() -> bool:
+    from setuptools._distutils.ccompiler import new_compiler
+    from setuptools._distutils.sysconfig import customize_compiler
+
+    compiler = new_compiler()
+    customize_compiler(compiler)
+    return any(Path(folder, compiler.compiler_cxx[0]).exists() for folder in os.environ["PATH"].split(os.pathsep))
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder with the unpacked wheel of a build with the compiler at hand."""
+    pytest.importorskip("setuptools", minversion="77")
+    if sys.platform != "linux" or not has_compiler():
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("built")
+    with build_wheel(folder) as wheel:
+        wheel.extractall(folder / "site")
+        return folder / "site", wheel.filename, wheel.namelist()
+
+
+def test_wheel_is_for_every_python_of_the_platform(installed):
+    _, filename, names = installed
+    assert Path(filename).name.startswith("palp_fast-0.1.0-py3-none-linux_")
+    assert f"palp_fast/lib/{backend.LIBRARY.name}" in names
+    assert not [name for name in names if "__pycache__" in name or name.endswith((".pyc", ".cpp", ".h", "build.txt"))]
+
+
+def test_built_library_serves(installed):
+    line, value = probe(installed[0])
+    assert line == f"cpu | loaded {backend.LIBRARY.name}"
+    assert value == 4.0
+
+
+def test_library_needs_torchs_stable_interface_only(installed):
+    """No Python symbol, and of torch C functions only: mangled names would tie the wheel to one torch version."""
+    library = installed[0] / "palp_fast" / "lib" / backend.LIBRARY.name
+    listing = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
+    symbols = [line.split()[-1] for line in listing.stdout.splitlines()]
+    assert any(symbol.startswith("torch_") for symbol in symbols)
+    assert not [name for name in symbols if name.startswith(("Py", "_Py"))]
+    assert not [name for name in symbols if name.startswith("_Z") and any(n in name for n in ("3c10", "5torch", "2at"))]
+
+
+def test_broken_library_falls_back_and_says_so(installed, tmp_path):
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "palp_fast").symlink_to(installed[0] / "palp_fast")
+    library = installed[0] / "palp_fast" / "lib" / backend.LIBRARY.name
+    content = library.read_bytes()
+    try:
+        library.write_bytes(content[:100])
+        line, value = probe(site)
+    finally:
+        library.write_bytes(content)
+    assert line.startswith("reference | ") and "does not load" in line
+    assert value == 4.0
+
+
+def test_failing_compiler_installs_all_the_same(tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
+    with build_wheel(tmp_path, CC="/bin/false", CXX="/bin/false") as wheel:
+        wheel.extractall(tmp_path / "site")
+    line, value = probe(tmp_path / "site")
+    assert line.startswith("reference | ") and "was not built" in line and "/bin/false" in line
+    assert value == 4.0
+
+
+def test_report_names_every_operator_and_a_reason():
+    rows = backend.report()
+    assert [(row.device, row.operator) for row in rows] == [(d, o) for d in ("cpu", "cuda") for o in backend.OPERATORS]
+    assert all(row.reason and row.backend in ("reference", "cpu") for row in rows)
+    assert all(row.backend == "reference" for row in rows if row.device == "cuda")
+
+
+def test_requests_are_met_or_refused_with_the_reason():
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    assert backend.select("renoise", cpu, "reference") == "reference"
+    assert backend.select("renoise", meta) == "reference"
+    with pytest.raises(RuntimeError, match="backend='cpu' cannot serve renoise on meta: .* not meta"):
+        backend.select("renoise", meta, "cpu")
+    with pytest.raises(RuntimeError, match="no cuda operators"):
+        backend.select("renoise", cpu, "cuda")
+    with pytest.raises(ValueError, match="backend='fast': allowed are 'auto'"):
+        backend.select("renoise", cpu, "fast")
+
+
+def test_deterministic_switch():
+    assert backend.is_deterministic()
+    backend.deterministic(False)
+    try:
+        assert not backend.is_deterministic()
+    finally:
+        backend.deterministic()
+    with pytest.raises(TypeError, match="enabled=1"):
+        backend.deterministic(1)
