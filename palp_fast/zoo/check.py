@@ -1,0 +1,110 @@
+"""What emoji-64 must be able to do before it ships: colours of backgrounds and of styles, tested on pixels."""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from palp_fast.zoo.captions import STYLE_PHRASES, article, noun_phrase
+from palp_fast.zoo.render import Scene, compose
+from palp_fast.zoo.world import COLOURS, DARK, STYLES, World
+
+STEPS, GUIDANCE = 25, 4.0  # sampling of the check: DDIM steps, guidance scale
+_PALETTE = np.array(list(COLOURS.values()), np.float32)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One fixed caption of the check and what its picture must show."""
+
+    caption: str
+    subject: str
+    style: str
+    background: str
+
+
+def frame_colour(picture: np.ndarray) -> str:
+    """Name of the palette colour nearest to most pixels of the picture's outer two rows and columns."""
+    edge = np.concatenate([picture[:2].reshape(-1, 3), picture[-2:].reshape(-1, 3),
+                           picture[:, :2].reshape(-1, 3), picture[:, -2:].reshape(-1, 3)]).astype(np.float32)
+    nearest = ((edge[:, None] - _PALETTE) ** 2).sum(-1).argmin(1)
+    return list(COLOURS)[int(np.bincount(nearest, minlength=len(COLOURS)).argmax())]
+
+
+def colourless(picture: np.ndarray, background: str) -> bool:
+    """Whether at most a tenth of the subject's pixels have a colour of their own.
+
+    A pixel of black line art is the background colour times a number in [0, 1]; 45 levels (RMS over RGB) are allowed.
+    Pixels within 45 levels of the background are not the subject's.
+    """
+    pixels = picture.reshape(-1, 3).astype(np.float32)
+    ground = np.array(COLOURS[background], np.float32)
+    subject = pixels[np.sqrt(((pixels - ground) ** 2).mean(1)) > 45]
+    if not len(subject):
+        return True
+    share = np.clip(subject @ ground / (ground @ ground), 0, 1)
+    own = np.sqrt(((subject - share[:, None] * ground) ** 2).mean(1)) > 45
+    return bool(own.mean() <= 0.1)
+
+
+def cases(world: World, sprites: np.ndarray, count: int = 240) -> list[Case]:
+    """Fixed captions of seen subjects, styles in turn, whose true picture itself passes both pixel tests."""
+    draw, found = random.Random(240), []
+    seen = [(place, subject) for place, subject in enumerate(world.subjects) if subject.role == "seen"]
+    while len(found) < count:
+        style = STYLES[len(found) % len(STYLES)]
+        place, subject = draw.choice(seen)
+        background = draw.choice([colour for colour in COLOURS if not (style == "line" and colour in DARK)])
+        truth = compose(sprites, Scene((place,), style, background, "", len(found)))
+        allowed = world.allows(style, background) and subject.withheld_style != style
+        if allowed and passes(truth, style, background) == (True, True):
+            words = STYLE_PHRASES[style][0].format(noun_phrase(subject.name))
+            words += f" on {article(background)} {background} background"
+            found.append(Case(words, subject.name, style, background))
+    return found
+
+
+def passes(picture: np.ndarray, style: str, background: str) -> tuple[bool, bool]:
+    """(background colour right, style's colouring right); flat illustrations may have any colouring."""
+    plain = colourless(picture, background)
+    return frame_colour(picture) == background, {"line": plain, "render": not plain, "flat": True}[style]
+
+
+def run(model: Path, world: World, sprites: np.ndarray, sheet: Path | None = None) -> dict[str, float]:
+    """Draw every case with the stock pipeline; returns the shares of right backgrounds and colourings, 0 to 1."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    tests = cases(world, sprites)
+    pictures = draw_captions(pipeline, [case.caption for case in tests])
+    right = [passes(picture, case.style, case.background) for picture, case in zip(pictures, tests, strict=True)]
+    if sheet:
+        contact_sheet(pictures, columns=24).save(sheet)
+    of = {style: [ok[1] for ok, case in zip(right, tests, strict=True) if case.style == style] for style in STYLES}
+    return {"background": float(np.mean([ok[0] for ok in right])), "line_colourless": float(np.mean(of["line"])),
+            "render_coloured": float(np.mean(of["render"]))}
+
+
+def draw_captions(pipeline, captions: list[str], batch: int = 40) -> np.ndarray:
+    """uint8 [captions, 64, 64, 3]; picture i uses the seed i."""
+    pictures = []
+    for start in range(0, len(captions), batch):
+        part = captions[start:start + batch]
+        seeds = [torch.Generator().manual_seed(start + offset) for offset in range(len(part))]
+        images = pipeline(part, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=seeds, output_type="np")
+        pictures.append((images.images * 255).round().astype(np.uint8))
+    return np.concatenate(pictures)
+
+
+def contact_sheet(pictures: np.ndarray, columns: int) -> Image.Image:
+    """Pictures [n, 64, 64, 3] in rows of `columns`, missing cells white."""
+    rows = -(-len(pictures) // columns)
+    sheet = np.full((rows * 64, columns * 64, 3), 255, np.uint8)
+    for index, picture in enumerate(pictures):
+        y, x = divmod(index, columns)
+        sheet[y * 64:(y + 1) * 64, x * 64:(x + 1) * 64] = picture
+    return Image.fromarray(sheet)

@@ -1,0 +1,106 @@
+"""Pictures of the emoji-64 world: one or two sprites on a background, 64 x 64 sRGB."""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from palp_fast.zoo.captions import caption
+from palp_fast.zoo.world import BACKGROUNDS, COLOURS, STYLES, World
+
+SIDE = 64
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What one picture shows: subject indices left to right, their style, the background, and the caption."""
+
+    subjects: tuple[int, ...]
+    style: str
+    background: str
+    caption: str
+    seed: int
+
+
+def background_picture(background: str, draw: random.Random) -> Image.Image:
+    """RGBA picture of a background; colours vary by a few levels, scenes in their layout."""
+    if background in COLOURS:
+        shade = tuple(min(255, max(0, channel + draw.randint(-6, 6))) for channel in COLOURS[background])
+        return Image.new("RGBA", (SIDE, SIDE), shade if background != "white" else COLOURS["white"])
+    return Image.fromarray(_SCENES[background](draw).astype(np.uint8)).convert("RGBA")
+
+
+def compose(sprites: np.ndarray, scene: Scene) -> np.ndarray:
+    """Draw a scene, uint8 [64, 64, 3], from sprites [subjects, 3, 96, 96, 4]; scene.seed decides place and size."""
+    draw = random.Random(scene.seed)
+    canvas = background_picture(scene.background, draw)
+    style, count = STYLES.index(scene.style), len(scene.subjects)
+    for slot, subject in enumerate(scene.subjects):
+        side = round(SIDE * (draw.uniform(0.62, 0.92) if count == 1 else draw.uniform(0.44, 0.52)))
+        left = draw.uniform(0, SIDE / count - side) if side < SIDE / count else 0
+        x, y = round(slot * SIDE / count + left), round(draw.uniform(0, SIDE - side))
+        sprite = Image.fromarray(sprites[subject, style]).convert("RGBa")
+        small = sprite.resize((side, side), Image.Resampling.LANCZOS).convert("RGBA")
+        canvas.alpha_composite(small, (min(x, SIDE - side), y))
+    return np.asarray(canvas.convert("RGB"))
+
+
+def training_scene(world: World, index: int, seed: int = 0) -> Scene:
+    """Scene number `index` of the training set: seen subjects only, withheld cells never."""
+    draw = random.Random(f"{seed}/{index}")
+    seen = [(place, subject) for place, subject in enumerate(world.subjects) if subject.role == "seen"]
+    while True:
+        chosen = draw.sample(seen, 2 if draw.random() < 0.15 else 1)
+        style, background = draw.choice(STYLES), draw.choice(BACKGROUNDS)
+        if world.allows(style, background) and all(subject.withheld_style != style for _, subject in chosen):
+            break
+    nouns = [subject.class_noun if draw.random() < 0.3 else subject.name for _, subject in chosen]
+    words = caption(style, nouns, background, draw)
+    return Scene(tuple(place for place, _ in chosen), style, background, words, draw.getrandbits(32))
+
+
+def _day_sky(draw: random.Random) -> np.ndarray:
+    y = np.linspace(0, 1, SIDE)[:, None, None]
+    sky = (1 - y) * np.array([95, 170, 240]) + y * np.array([190, 225, 250]) + np.zeros((SIDE, SIDE, 1))
+    rows, columns = np.mgrid[:SIDE, :SIDE]
+    for cx, cy, width in draw.choice(_CLOUDS):
+        for shift, size in ((-width, 0.6), (0, 1.0), (width, 0.7)):
+            inside = ((columns - cx - shift) / (width * size)) ** 2 + ((rows - cy) / (4 * size)) ** 2 < 1
+            sky[inside] = 250
+    return sky
+
+
+def _night_sky(draw: random.Random) -> np.ndarray:
+    y = np.linspace(0, 1, SIDE)[:, None, None]
+    sky = (1 - y) * np.array([12, 14, 45]) + y * np.array([40, 45, 95]) + np.zeros((SIDE, SIDE, 1))
+    stars = random.Random("stars")
+    for _ in range(24):
+        sky[stars.randrange(SIDE), stars.randrange(SIDE)] = stars.randint(190, 255)
+    return sky
+
+
+def _grass(draw: random.Random) -> np.ndarray:
+    horizon = draw.randint(16, 26)
+    picture = np.empty((SIDE, SIDE, 3))
+    picture[:horizon], picture[horizon:] = (200, 230, 250), (105, 185, 80)
+    tufts = random.Random("tufts")
+    for _ in range(60):
+        x, y = tufts.randrange(SIDE), horizon + tufts.randrange(SIDE)
+        picture[y:y + 3, x] = (65, 140, 55)
+    return picture
+
+
+def _checkered_floor(draw: random.Random) -> np.ndarray:
+    horizon, side = draw.randint(14, 22), draw.randint(8, 10)
+    rows, columns = np.mgrid[:SIDE, :SIDE]
+    dark = ((rows - horizon) // side + (columns + draw.randrange(side)) // side) % 2 == 0
+    picture = np.where(dark[..., None], 175.0, 235.0) + np.zeros(3)
+    picture[:horizon] = (245, 235, 215)
+    return picture
+
+
+_CLOUDS = (  # centre x, centre y, width in pixels
+    ((10, 12, 8), (50, 20, 7)), ((30, 8, 9), (56, 34, 6)), ((16, 30, 7), (48, 8, 8)), ((6, 46, 8), (36, 18, 7)),
+)
+_SCENES = {"day sky": _day_sky, "night sky": _night_sky, "grass": _grass, "checkered floor": _checkered_floor}
