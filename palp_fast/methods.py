@@ -47,7 +47,8 @@ def passes(cfg) -> list[Pass]:
 
 
 def complete(
-    method: str, predictions: dict[str, Tensor], space, *, x0_hat: Tensor, x_hat: Tensor, noise_new: Tensor, t_new: Tensor
+    method: str, predictions: dict[str, Tensor], space, *, x0_hat: Tensor, x_hat: Tensor, noise_new: Tensor,
+    t_new: Tensor,
 ) -> dict[str, Tensor | None]:
     """The arguments of score_residual: the predictions, and what sds and nfsd put in the student's place.
 

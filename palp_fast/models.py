@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from palp_fast.errors import ConfigError
 
@@ -30,7 +31,7 @@ def resolve(reference: str | os.PathLike) -> Path | str:
     if path.exists():
         raise ConfigError(f"model: {name!r} is neither a diffusers folder (it has no model_index.json) "
                           "nor a .safetensors file")
-    if _HUB_ID.fullmatch(name):
+    if _HUB_ID.fullmatch(name) and path.suffix != ".safetensors":
         return name
     near = difflib.get_close_matches(name, MODELS, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else f"; allowed: {', '.join(MODELS)}, a diffusers folder, "\
@@ -102,7 +103,8 @@ class _readable:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if isinstance(error, (OSError, ValueError, KeyError)) and not isinstance(error, ConfigError):
+        unreadable = (OSError, ValueError, KeyError, SafetensorError)
+        if isinstance(error, unreadable) and not isinstance(error, ConfigError):
             reason = (str(error).splitlines() or [kind.__name__])[0]
             raise ConfigError(f"model: {os.fspath(self.reference)!r} cannot be read: {reason}") from error
 
@@ -114,7 +116,12 @@ def load_tokenizers(reference: str | os.PathLike) -> list:
     known = facts(reference)
     names = ["tokenizer", "tokenizer_2"] if known.family == "sdxl" else ["tokenizer"]
     with _readable(reference):
-        return [CLIPTokenizer.from_pretrained(known.source, subfolder=name) for name in names]
+        tokenizers = [CLIPTokenizer.from_pretrained(known.source, subfolder=name) for name in names]
+    for name, tokenizer in zip(names, tokenizers):
+        if len(tokenizer) < 256:
+            # Without its files transformers makes one that knows three special tokens and not a single letter.
+            raise ConfigError(f"model: {os.fspath(reference)!r} cannot be read: its {name} has no vocabulary")
+    return tokenizers
 
 
 @dataclass
@@ -191,12 +198,12 @@ def load_components(reference: str | os.PathLike, *, dtype: torch.dtype, device:
     known, source = facts(reference), resolve(reference)
     with _readable(reference):
         from_file = isinstance(source, Path) and source.is_file()
-        parts = (_parts_of_file if from_file else _parts_of_folder)(source, known, dtype)
+        parts = _parts_of_file(source, known) if from_file else _parts_of_folder(source, known, dtype)
     components = Components(family=known.family, reference=os.fspath(reference), zero_empty=known.zero_empty, **parts)
-    for encoder in components.text_encoders:
-        encoder.to(dtype)
     for module in (components.vae, components.unet, *components.text_encoders):
-        module.to(device).eval().requires_grad_(False)
+        # Not the module's own .to, which warns of modules kept in fp32 even where there are none.
+        torch.nn.Module.to(module, device, torch.float32 if module is components.vae else dtype)
+        module.eval().requires_grad_(False)
     if dtype != torch.float32:
         _join_precisions(components)
     return components
@@ -212,22 +219,22 @@ def _parts_of_folder(source, known, dtype):
         "tokenizers": load_tokenizers(source),
         "text_encoders": [kind.from_pretrained(source, subfolder=name)
                           for name, kind in encoders[:2 if known.family == "sdxl" else 1]],
-        "vae": diffusers.AutoencoderKL.from_pretrained(source, subfolder="vae", torch_dtype=torch.float32),
-        "unet": diffusers.UNet2DConditionModel.from_pretrained(source, subfolder="unet", torch_dtype=dtype),
+        "vae": diffusers.AutoencoderKL.from_pretrained(source, subfolder="vae"),
+        "unet": diffusers.UNet2DConditionModel.from_pretrained(source, subfolder="unet", dtype=dtype),
         "scheduler": scheduler.from_pretrained(source, subfolder="scheduler"),
     }
 
 
-def _parts_of_file(source, known, dtype):
+def _parts_of_file(source, known):
     import diffusers
 
     kind = {"sd": diffusers.StableDiffusionPipeline, "sdxl": diffusers.StableDiffusionXLPipeline}[known.family]
-    pipeline = kind.from_single_file(str(source), torch_dtype=torch.float32)
+    pipeline = kind.from_single_file(str(source))
     suffixes = ("", "_2") if known.family == "sdxl" else ("",)
     return {
         "tokenizers": [getattr(pipeline, f"tokenizer{suffix}") for suffix in suffixes],
         "text_encoders": [getattr(pipeline, f"text_encoder{suffix}") for suffix in suffixes],
-        "vae": pipeline.vae, "unet": pipeline.unet.to(dtype), "scheduler": pipeline.scheduler,
+        "vae": pipeline.vae, "unet": pipeline.unet, "scheduler": pipeline.scheduler,
     }
 
 

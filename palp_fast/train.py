@@ -92,7 +92,8 @@ class Trainer:
         """Conditions that never change, computed once: y_c, empty and negative prompt; y_P too if no token learns."""
         encode = partial(conditioning.encode, self.components)
         own = [prompts[name] for name in conditioning.subject_names(self.config)]
-        self._subject_ids = conditioning.tokenize(self.components.tokenizers, own)
+        ids = conditioning.tokenize(self.components.tokenizers, own)
+        self._subject_ids = [per_encoder.to(self.components.device) for per_encoder in ids]
         self._fixed = {"clean": encode(prompts["y_c"]), "empty": conditioning.encode_empty(self.components)}
         if "negative" in prompts:
             self._fixed["negative"] = encode(prompts["negative"])
@@ -231,9 +232,9 @@ class Trainer:
         return [row for own in self.rows for row in own if row.requires_grad]
 
     def _named_parameters(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-        lora = {
-            f"{path}.{name}": getattr(layer, name) for path, layer in self.layers.items() for name in ("lora_a", "lora_b")
-        }
+        lora = {}
+        for path, lora_a, lora_b in self.named_lora():
+            lora |= {f"{path}.lora_a": lora_a, f"{path}.lora_b": lora_b}
         rows = {
             f"token {subject.token}, text encoder {i + 1}": row
             for subject, own in zip(self.config.subjects, self.rows) for i, row in enumerate(own) if row.requires_grad
@@ -268,6 +269,7 @@ class Trainer:
         self.step, self._metrics_bytes = state["step"], state["metrics_bytes"]
         self.draws.sampler.load_state_dict(state["sampler"])
         self.update.load_state_dict(state)
+        print(f"going on from the checkpoint of step {self.step}", flush=True)
 
 
 def product(value: Tensor, factor: Tensor | None) -> Tensor:
