@@ -8,9 +8,10 @@ import os
 import platform
 import sys
 
-REQUIRED = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pillow", "click", "tqdm")
-# Import name: what it would give. None is needed.
+REQUIRED = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pillow", "click", "tqdm")
+# Import name: what it gives. Training needs none of them.
 OPTIONAL = {
+    "peft": "loading LoRA files into diffusers pipelines: generate --lora, TrainResult.apply_to",
     "pillow_heif": "reading HEIC photos from phones (pip install pillow-heif)",
     "accelerate": "faster loading of models with less memory",
     "triton": "nothing in this version; GPU operators run on the PyTorch reference",
