@@ -50,8 +50,11 @@ class Update:
 
     def step(self) -> None:
         """Steps optimizer and schedule, unless fp16 gradients overflowed: then only the loss scale changes."""
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.scaler.get_scale() < scale:
+            return
         self.schedule.step()
         if self.cfg.token_norm == "initial":
             with torch.no_grad():
