@@ -100,7 +100,7 @@ def check_prompts(tokenizers: list, cfg) -> dict[str, list[list[int]]]:
         field = {"y": "prompt", "y_c": "clean_prompt", "negative": "negative_prompt"}.get(name, "subject_prompt")
         expected = _new_words(name, cfg)
         cut = text == NFSD_NEGATIVE_PROMPT
-        checked[name] = [tokenizer(text, truncation=cut).input_ids for tokenizer in tokenizers]
+        checked[name] = [tokenizer(text, truncation=cut, verbose=False).input_ids for tokenizer in tokenizers]
         for tokenizer, ids in zip(tokenizers, checked[name]):
             if len(ids) > tokenizer.model_max_length:
                 raise ConfigError(f"{field}: {text!r} has {len(ids)} tokens with start and end; "

@@ -11,7 +11,7 @@ import sys
 REQUIRED = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pillow", "click", "tqdm")
 # Import name: what it gives. Training needs none of them.
 OPTIONAL = {
-    "peft": "loading LoRA files into diffusers pipelines: generate --lora, TrainResult.apply_to",
+    "peft": "loading LoRA files by diffusers' own loader; without it, our layers draw the same",
     "pillow_heif": "reading HEIC photos from phones (pip install pillow-heif)",
     "accelerate": "faster loading of models with less memory",
     "triton": "nothing in this version; GPU operators run on the PyTorch reference",

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.utils import is_peft_available
 from PIL import Image
 from safetensors.torch import load_file
 
 from .errors import ConfigError
+from .export import load_lora
 from .models import load_components
+from .nn.lora import attach_lora
 from .prompts import placeholders
 
 Embedding = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
@@ -102,13 +105,20 @@ def sampling_scheduler(scheduler):
 
 
 def apply_files(pipeline, lora=None, embedding: Embedding | None = None, *, lora_strength: float = 1.0) -> None:
-    """Load a LoRA file and token files into a diffusers pipeline in place, by its own loaders."""
+    """Load a LoRA file and token files into a diffusers pipeline in place, by its own loaders.
+
+    Those load LoRA through peft; without peft, our own layers take its place in the UNet.
+    """
     for token, file in token_files(embedding).items():
         load_token(pipeline, token, file)
-    if lora is not None:
-        file = Path(lora)
-        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="palp")
-        pipeline.set_adapters("palp", adapter_weights=lora_strength)
+    if lora is None:
+        return
+    if not is_peft_available():
+        attach_lora(pipeline.unet, *load_lora(lora), strength=lora_strength)
+        return
+    file = Path(lora)
+    pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="palp")
+    pipeline.set_adapters("palp", adapter_weights=lora_strength)
 
 
 def load_token(pipeline, token: str, file: str | Path) -> None:

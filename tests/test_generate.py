@@ -1,6 +1,7 @@
 """generate: one seed per picture, the folder's scheduler, LoRA and token files through stock loaders."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from tiny import model_folder
 from palp_fast import ConfigError, export, generate
 from palp_fast.generate import sample, sampling_scheduler, token_files
 from palp_fast.models import load_components
-from palp_fast.nn.lora import inject_lora
+from palp_fast.nn.lora import attach_lora, inject_lora
 
 PROMPT = "a photo of an owl"
 FAST = {"steps": 3, "device": "cpu"}
@@ -62,6 +63,28 @@ def test_files_are_applied(sd_folder, files):
     assert same(generate(sd_folder, prompt, lora, [token], n=1, **FAST)[0], with_both)
     assert not same(with_token, with_both)
     assert not same(with_token, generate(sd_folder, prompt, n=1, **FAST)[0])
+
+
+def test_without_peft_our_layers_draw_what_peft_draws(sd_folder, files, monkeypatch):
+    lora, token = files
+    draw = [sd_folder, "a photo of zorp", lora, token]
+    by_peft = [generate(*draw, n=1, lora_strength=strength, **FAST)[0] for strength in (1.0, 0.5)]
+    monkeypatch.setattr(sys.modules["palp_fast.generate"], "is_peft_available", lambda: False)
+    monkeypatch.setattr(StableDiffusionPipeline, "load_lora_weights", None)
+    ours = [generate(*draw, n=1, lora_strength=strength, **FAST)[0] for strength in (1.0, 0.5)]
+    for one, other in zip(by_peft, ours):
+        assert np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max() <= 2
+    assert not same(*ours)
+
+
+def test_a_lora_of_another_model_is_refused(sd_folder, files):
+    unet = load_components(sd_folder, dtype=torch.float32, device="cpu").unet
+    layers, lora_alpha = export.load_lora(files[0])
+    with pytest.raises(ValueError, match="no module 'elsewhere.to_q'"):
+        attach_lora(unet, {"elsewhere.to_q": next(iter(layers.values()))}, lora_alpha)
+    attach_lora(unet, layers, lora_alpha)
+    with pytest.raises(ValueError, match="not a plain linear layer"):
+        attach_lora(unet, layers, lora_alpha)
 
 
 def test_options_reach_the_pipeline(sd_folder):

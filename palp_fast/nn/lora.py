@@ -76,6 +76,25 @@ def inject_lora(unet, targets, rank, lora_alpha, generator, backend="auto"):
     return layers
 
 
+def attach_lora(unet, layers, lora_alpha, *, strength=1.0):
+    """Puts trained factors into `unet` in place: layers {module path: (lora_a [r, d_in], lora_b [d_out, r])}.
+
+    strength multiplies lora_alpha. Raises ValueError for a path that the UNet lacks or that has LoRA already.
+    """
+    for path, (lora_a, lora_b) in layers.items():
+        try:
+            base = unet.get_submodule(path)
+        except AttributeError:
+            raise ValueError(f"the UNet has no module {path!r}; the LoRA was made for another model") from None
+        if type(base) is not nn.Linear:
+            raise ValueError(f"{path!r} is a {type(base).__name__}, not a plain linear layer")
+        layer = LoRALinear(base, len(lora_a), lora_alpha * strength)
+        with torch.no_grad():
+            layer.lora_a.copy_(lora_a)
+            layer.lora_b.copy_(lora_b)
+        unet.set_submodule(path, layer.requires_grad_(False))
+
+
 def _accept_lora_scale(unet, scale):
     """Takes `lora_scale=` off every call of `unet`; a call that fails leaves the default behind, too."""
 

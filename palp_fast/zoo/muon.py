@@ -15,31 +15,40 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """One update of every parameter that has a gradient."""
+        """One update of every parameter that has a gradient; matrices of one shape go through it together."""
         for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                if not state:
-                    state["momentum"] = torch.zeros_like(weight)
-                state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
-                blended = weight.grad.lerp(state["momentum"], group["momentum"])
-                update = orthogonalise(blended.flatten(1)).view(weight.shape)
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update, alpha=-group["lr"] * 0.2 * max(update.flatten(1).shape) ** 0.5)
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            gradients = [weight.grad for weight in weights]
+            for weight in weights:
+                self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+            momenta = [self.state[weight]["momentum"] for weight in weights]
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            blended = torch._foreach_lerp(gradients, momenta, group["momentum"])
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            for places in _by_shape(blended):
+                update = orthogonalise(torch.stack([blended[place].flatten(1) for place in places]).bfloat16())
+                rate = -group["lr"] * 0.2 * max(update.shape[1:]) ** 0.5
+                for place, part in zip(places, update.float().mul_(rate), strict=True):
+                    weights[place].add_(part.view(weights[place].shape))
 
 
-def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """Nearly the orthogonal factor of `matrix`, same shape, fp32: quintic Newton-Schulz in bf16."""
+def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """Nearly the orthogonal factors of matrices [n, rows, columns], by a quintic Newton-Schulz iteration."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    wide = matrix.shape[0] <= matrix.shape[1]
-    x = (matrix if wide else matrix.T).bfloat16()
-    x = x / (x.norm() + 1e-7)
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = matrices if wide else matrices.mT
+    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
     for _ in range(iterations):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x if wide else x.T).float()
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.mT
+
+
+def _by_shape(tensors: list[Tensor]) -> list[list[int]]:
+    places: dict[torch.Size, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        places.setdefault(tensor.shape, []).append(place)
+    return list(places.values())
 
 
 class Pair:
