@@ -214,4 +214,6 @@ _register(
 )
 _differentiable("lora_linear", _lora_setup, _lora_backward)
 
+from palp_fast import flops  # noqa: E402, F401  (its formulas need the operators above)
+
 backend.load_library()

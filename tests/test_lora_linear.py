@@ -3,6 +3,7 @@
 import pytest
 import torch
 from close import assert_as_good, assert_close, relative
+from torch.utils.flop_counter import FlopCounterMode
 
 from palp_fast import functional as PF
 
@@ -125,6 +126,24 @@ def test_compiles_in_one_graph():
     compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
     for scale in (0.5, SCALES[2]):
         assert_close(compiled(x, scale), twice(x, scale), 1e-6)
+
+
+@pytest.mark.parametrize("need_x", [False, True])
+def test_counted_work_is_that_of_the_plain_products(need_x):
+    x, weight, _, lora_a, lora_b = inputs(torch.float32)
+    x.requires_grad_(need_x), lora_a.requires_grad_(), lora_b.requires_grad_()
+
+    def plain():
+        return x @ weight.T + x @ lora_a.T @ lora_b.T
+
+    counts = []
+    for function in (plain, lambda: PF.lora_linear(x, weight, None, lora_a, lora_b)):
+        with FlopCounterMode(display=False) as forward:
+            out = function()
+        with FlopCounterMode(display=False) as backward:
+            out.sum().backward()
+        counts.append((forward.get_total_flops(), backward.get_total_flops()))
+    assert counts[0] == counts[1] and counts[0][0] > 0
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,10 @@ def lora_linear_ref(
 ) -> tuple[Tensor, Tensor]:
     """(y [..., d_out] in the dtype of x, low = x A^T [..., r], kept for the backward pass)."""
     compute = compute_dtype([x, lora_a])
-    base = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    low = F.linear(x.to(compute), lora_a.to(compute))
-    term = F.linear(_scaled(low, scale, gate), lora_b.to(compute))
-    return (base + term).to(x.dtype).contiguous(), low.contiguous()
+    base = F.linear(_rows(x), weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    low = F.linear(x.to(compute), lora_a.to(compute)).contiguous()
+    out = _add_product(base, _rows(_scaled(low, scale, gate)), lora_b.to(compute).T)
+    return out.view(*x.shape[:-1], weight.shape[0]), low
 
 
 def lora_linear_bwd_ref(
@@ -45,7 +45,7 @@ def lora_linear_bwd_ref(
     d_a = _rows(d_low).T @ _rows(x.to(compute))
     d_x = x.new_empty(0)
     if need_x:
-        d_x = (grad @ weight.to(grad.dtype) + d_low @ lora_a.to(compute)).to(x.dtype).contiguous()
+        d_x = _add_product(_rows(grad) @ weight.to(grad.dtype), _rows(d_low), lora_a.to(compute)).view(x.shape)
     return d_x, d_a.to(lora_a.dtype), d_b.to(lora_b.dtype)
 
 
@@ -53,6 +53,13 @@ def _scaled(low: Tensor, scale: float, gate: Tensor | None) -> Tensor:
     if gate is not None:
         low = low * per_sample(gate, low)
     return low if scale == 1.0 else low * scale
+
+
+def _add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """base + left right in the dtype of base, which may be overwritten."""
+    if base.dtype == left.dtype:
+        return base.addmm_(left, right)
+    return (base + left @ right).to(base.dtype)
 
 
 def _rows(value: Tensor) -> Tensor:
