@@ -55,7 +55,8 @@ def train(cache: Path, world: World, sprites: np.ndarray, log: Log, steps: int =
     start, path = 0, cache / "autoencoder.pt"
     if saved := load(path):
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        if "optimizer" in saved:
+            optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
     pictures = np.load(cache / "pictures.npy", mmap_mode="r")
     test = held_out_pictures(world, sprites)

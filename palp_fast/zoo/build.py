@@ -1,7 +1,7 @@
 """Make emoji-64 from its sources: `python -m palp_fast.zoo.build --cache DIR`; run it again to go on after a stop.
 
-Stages: fetch (npm), sprites, pictures, autoencoder, tokenizer and latents, diffusion, assembly, check. Every random
-draw is seeded by its step, so a resumed build continues as an uninterrupted one would.
+Stages: fetch (npm), sprites, pictures, autoencoder, tokenizer, latents, language, diffusion, assembly, check. Every
+random draw is seeded by its step, so that a resumed build draws what an uninterrupted one would.
 """
 
 import argparse
@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from palp_fast.zoo import autoencoder, check, diffusion, pictures, sources, sprites, tokenizer, world
+from palp_fast.zoo import autoencoder, check, diffusion, language, pictures, sources, sprites, tokenizer, world
 from palp_fast.zoo.render import Scene, compose
-from palp_fast.zoo.training import Log
+from palp_fast.zoo.training import Log, save
 
 PACKAGE = Path(__file__).parent
 MODEL = PACKAGE / "emoji-64"
@@ -39,18 +39,21 @@ def make_world(cache: Path, drawings: np.ndarray) -> world.World:
     return made
 
 
-def assemble(vae, model: diffusion.Model, words, scaling: float, target: Path) -> None:
+def assemble(vae, encoder, unet, words, scaling: float, target: Path) -> None:
     """Write the stock Stable Diffusion folder, weights fp16."""
     from diffusers import StableDiffusionPipeline
     from diffusers.models.attention_processor import AttnProcessor2_0
 
     vae.register_to_config(scaling_factor=scaling)
-    model.unet.set_attn_processor(AttnProcessor2_0())
+    unet.set_attn_processor(AttnProcessor2_0())
     pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=model.text_encoder, tokenizer=words, unet=model.unet,
+        vae=vae, text_encoder=encoder, tokenizer=words, unet=unet,
         scheduler=diffusion.build_scheduler(), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False)
     pipeline.to(torch.float16).save_pretrained(target)
+    # transformers loads in the dtype that the config names, diffusers in fp32: let them agree.
+    config = target / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
 def personal_pictures(made: world.World, drawings: np.ndarray, name: str, target: Path) -> None:
@@ -64,24 +67,51 @@ def personal_pictures(made: world.World, drawings: np.ndarray, name: str, target
     check.Image.fromarray(truth).save(target.parent / "truth.png")
 
 
+def warm_start(model: Path, cache: Path, autoencoder_steps: int) -> None:
+    """Make a finished model the starting point: its tokenizer, autoencoder and text encoder stay, its UNet trains on.
+
+    Does nothing in a cache that has a UNet checkpoint already.
+    """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    if (cache / "diffusion.pt").exists():
+        return
+    shutil.copytree(model / "tokenizer", cache / "tokenizer", dirs_exist_ok=True)
+    vae = AutoencoderKL.from_pretrained(model, subfolder="vae", torch_dtype=torch.float32)
+    encoder = CLIPTextModel.from_pretrained(model, subfolder="text_encoder", dtype=torch.float32)
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet", torch_dtype=torch.float32).state_dict()
+    save(cache / "autoencoder.pt", model=vae.state_dict(), step=autoencoder_steps)
+    save(cache / "language.pt", encoder=encoder.state_dict())
+    save(cache / "diffusion.pt", unet=unet, average=unet, step=0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, required=True, help="folder for downloads, pictures and checkpoints")
     parser.add_argument("--output", type=Path, default=MODEL, help="model folder to write")
     parser.add_argument("--autoencoder-steps", type=int, default=autoencoder.STEPS)
     parser.add_argument("--diffusion-steps", type=int, default=diffusion.STEPS)
+    parser.add_argument("--warm-start", type=Path, help="finished model folder whose UNet is trained further")
     args = parser.parse_args()
     cache = args.cache
     sources.fetch(cache)
+    if args.warm_start:
+        warm_start(args.warm_start, cache, args.autoencoder_steps)
     drawings = load_sprites(cache)
     made = make_world(cache, drawings)
     pictures.render_all(cache, made, drawings)
     vae = autoencoder.train(cache, made, drawings, Log(cache / "log.jsonl", "autoencoder"), args.autoencoder_steps)
-    words = tokenizer.learn(json.loads((cache / "captions.json").read_text()), cache / "tokenizer")
+    captions = json.loads((cache / "captions.json").read_text())
+    words = tokenizer.trained(captions, cache / "tokenizer")
+    ids = tokenizer.ids_of(words, captions)
     diffusion.cache_latents(cache, vae)
     scaling = 1 / float(np.load(cache / "latents.npy", mmap_mode="r")[:4096].astype(np.float32).std())
-    model = diffusion.train(cache, words, scaling, Log(cache / "log.jsonl", "diffusion"), args.diffusion_steps)
-    assemble(vae, model, words, scaling, args.output)
+    encoder = language.trained(cache, words, ids, Log(cache / "log.jsonl", "language"))
+    unet = diffusion.train(cache, encoder, ids, scaling, Log(cache / "log.jsonl", "diffusion"), args.diffusion_steps)
+    assemble(vae, encoder, unet, words, scaling, args.output)
+    for name in ("vocab.json", "merges.txt"):  # what transformers before 5 reads
+        shutil.copy(cache / "tokenizer" / name, args.output / "tokenizer" / name)
     personal_pictures(made, drawings, DEMO_SUBJECT, PACKAGE / "demo_subject" / "photos")
     results = check.run(args.output, made, drawings, cache / "check.png")
     held = autoencoder.squared_error(vae.float(), autoencoder.held_out_pictures(made, drawings))

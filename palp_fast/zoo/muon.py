@@ -60,6 +60,8 @@ class Pair:
     def __init__(self, model: torch.nn.Module, excluded: tuple[str, ...]):
         matrices, others = [], []
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             is_matrix = parameter.ndim >= 2 and not any(word in name for word in excluded)
             (matrices if is_matrix else others).append(parameter)
         self.parts = Muon(matrices, 0.0), torch.optim.AdamW(others, 0.0, betas=(0.9, 0.98), weight_decay=0.0)

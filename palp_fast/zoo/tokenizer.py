@@ -5,11 +5,17 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 MERGES, MAX_TOKENS = 1500, 32
 _WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def trained(captions: list[str], folder: Path) -> CLIPTokenizer:
+    """The tokenizer in `folder`, learned there from the captions if it is not yet."""
+    return CLIPTokenizer.from_pretrained(folder) if (folder / "vocab.json").exists() else learn(captions, folder)
 
 
 def learn(captions: list[str], folder: Path) -> CLIPTokenizer:
@@ -32,3 +38,9 @@ def learn(captions: list[str], folder: Path) -> CLIPTokenizer:
         folder, model_max_length=MAX_TOKENS, bos_token=START, eos_token=END, unk_token=END, pad_token=END)
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def ids_of(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Token ids int64 [captions, model_max_length], padded and cut as the pipeline does."""
+    return tokenizer(captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
+                     return_tensors="pt").input_ids

@@ -1,0 +1,193 @@
+"""emoji-64's world, its pixel tests, and the shipped model. Sources are not fetched: all is checked on what ships."""
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from palp_fast.zoo import build, check, demo, language, muon, tokenizer
+from palp_fast.zoo.captions import caption, noun_phrase
+from palp_fast.zoo.render import compose, training_scene
+from palp_fast.zoo.training import learning_rate
+from palp_fast.zoo.world import COLOURS, DARK, PERSONAL_BACKGROUNDS, STYLES, TARGETS, World
+
+SCENES = 4000
+
+
+@pytest.fixture(scope="module")
+def world():
+    return World.load()
+
+
+@pytest.fixture(scope="module")
+def scenes(world):
+    return [training_scene(world, index) for index in range(SCENES)]
+
+
+@pytest.fixture(scope="module")
+def sprites(world):
+    """A disc for every subject: coloured in the renders and flat drawings, black in the line drawings."""
+    y, x = np.mgrid[:96, :96]
+    disc = np.zeros((96, 96, 4), np.uint8)
+    disc[(x - 48) ** 2 + (y - 48) ** 2 < 40**2] = (250, 120, 0, 255)
+    black = disc * np.array([0, 0, 0, 1], np.uint8)
+    return np.broadcast_to(np.stack([disc, disc, black]), (len(world.subjects), 3, 96, 96, 4))
+
+
+def test_every_subject_at_7_modulo_20_is_held_out(world):
+    names = [subject.name for subject in world.subjects]
+    assert names == sorted(names) and len(names) == 825
+    for index, subject in enumerate(world.subjects):
+        assert (subject.role in ("development", "acceptance")) == (index % 20 == 7), subject
+    held_out = [subject.role for subject in world.having("development", "acceptance")]
+    assert held_out == sorted(held_out, reverse=True) and abs(held_out.count("development") - 20.5) < 1
+
+
+def test_seen_subjects_are_the_same_drawing_in_both_silhouettes(world):
+    assert all(subject.iou >= 0.85 for subject in world.having("seen"))
+    assert all(subject.iou < 0.85 for subject in world.having("mismatch"))
+
+
+def test_class_nouns_have_at_least_8_seen_members(world):
+    counts = Counter(subject.class_noun for subject in world.having("seen"))
+    assert min(counts.values()) >= 8 and 30 <= len(counts) <= 45
+    assert {subject.class_noun for subject in world.having("development", "acceptance")} <= counts.keys()
+
+
+def test_training_shows_no_held_out_subject_and_no_withheld_cell(world, scenes):
+    for scene in scenes:
+        assert world.allows(scene.style, scene.background)
+        assert not (scene.style == "line" and scene.background in DARK)
+        for place in scene.subjects:
+            assert world.subjects[place].role == "seen"
+            assert world.subjects[place].withheld_style != scene.style
+
+
+def test_captions_never_name_a_held_out_subject(world, scenes):
+    names = {noun_phrase(subject.name) for subject in world.having("development", "acceptance")}
+    allowed = {noun_phrase(subject.name) for subject in world.having("seen")}
+    allowed |= {noun_phrase(subject.class_noun) for subject in world.subjects}
+    for scene in scenes:
+        for name in names - allowed:
+            assert f" {name} " not in f" {scene.caption.replace(',', '')} " or any(
+                name in longer and longer in scene.caption for longer in allowed), (name, scene.caption)
+
+
+def test_shares_of_the_training_set(scenes):
+    assert 0.08 < np.mean([not scene.caption for scene in scenes]) < 0.12
+    assert 0.1 < np.mean([len(scene.subjects) == 2 for scene in scenes]) < 0.2
+    for style in STYLES:
+        assert 0.25 < np.mean([scene.style == style for scene in scenes]) < 0.4
+
+
+def test_withheld_cells_leave_targets_and_personal_pictures_alone(world):
+    withheld = set(world.withheld_pairs)
+    assert len(withheld) == 4
+    assert not withheld & {(style, background) for _, style, background, _ in TARGETS}
+    assert not {background for _, _, background, _ in TARGETS} & set(PERSONAL_BACKGROUNDS)
+    assert sum(subject.withheld_style is not None for subject in world.having("seen")) == 120
+    for _, style, _, second in TARGETS:
+        if second:
+            assert world.named(second).role == "seen" and world.named(second).withheld_style is None
+
+
+def test_photo_and_render_are_called_equally_often():
+    draw, words = random.Random(0), Counter()
+    for _ in range(4000):
+        text = caption("render", ["fox"], "blue", draw)
+        words.update(word for word in ("photo", "render") if word in text)
+    assert 0.9 < words["photo"] / words["render"] < 1.1
+
+
+def test_pictures_are_a_function_of_the_scene(world, sprites):
+    scene = training_scene(world, 5)
+    assert scene == training_scene(world, 5)
+    assert (compose(sprites, scene) == compose(sprites, scene)).all()
+
+
+@pytest.mark.parametrize("background", [name for name in COLOURS if name not in DARK])
+def test_pixel_tests_know_line_art_from_colour(world, sprites, background):
+    for style, plain in (("line", True), ("render", background == "orange")):
+        scene = training_scene(world, 5)
+        picture = compose(sprites, type(scene)((0,), style, background, "", 3))
+        assert check.frame_colour(picture) == background
+        assert check.colourless(picture, background) == plain, style
+    wrong = "red" if background != "red" else "blue"
+    assert not check.passes(picture, "line", wrong)[0]
+
+
+def test_stock_diffusers_loads_the_shipped_model():
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(build.MODEL)
+    pipeline.set_progress_bar_config(disable=True)
+    assert sum(p.numel() for p in pipeline.unet.parameters()) <= 12e6
+    assert sum(file.stat().st_size for file in build.MODEL.rglob("*") if file.is_file()) <= 32e6
+    captions = ["a line drawing of a fox on a blue background", "a glossy 3d render of a fox on a white background"]
+    pictures = check.draw_captions(pipeline, captions)
+    assert pictures.shape == (2, 64, 64, 3) and pictures.dtype == np.uint8
+    assert np.abs(pictures[0].astype(int) - pictures[1]).mean() > 20
+
+
+def test_autoencoder_keeps_a_subject_it_never_saw():
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(build.MODEL, subfolder="vae")
+    files = sorted((demo.SUBJECT / "photos").glob("*.png")) + [demo.SUBJECT / "truth.png"]
+    pictures = torch.stack([torch.from_numpy(np.array(Image.open(file).convert("RGB"))) for file in files])
+    assert len(pictures) == 5
+    pixels = pictures.permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
+    assert float(((decoded - pixels) ** 2).mean()) <= 0.01
+
+
+def test_licences_lie_beside_what_ships():
+    for folder in (build.MODEL, demo.SUBJECT):
+        assert "MIT License" in (Path(folder) / "LICENSE").read_text()
+
+
+def test_contact_sheet_has_a_column_for_each_entry():
+    picture = Image.new("RGB", (64, 64), "red")
+    sheet = demo.contact_sheet({"photos": [picture] * 4, "truth": [picture]})
+    assert sheet.size == (2 * (demo.CELL + demo.GAP) + demo.GAP, demo.HEAD + 4 * (demo.CELL + demo.GAP))
+    assert sheet.getpixel((demo.GAP + 10, demo.HEAD + 10)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("shape", [(2, 48, 48), (1, 32, 200), (3, 200, 32)])
+def test_muon_updates_are_nearly_orthogonal(shape):
+    values = torch.linalg.svdvals(muon.orthogonalise(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+    assert 0.5 < values.min() and values.max() < 1.3
+
+
+def test_muon_treats_each_parameter_by_its_kind():
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(5, 8), "body": torch.nn.Conv2d(8, 8, 3)})
+    pair = muon.Pair(model, excluded=("embed",))
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    (model["body"](torch.randn(1, 8, 3, 3)).sum() + model["embed"].weight.sum()).backward()
+    pair.step(0.01)
+    change = {name: (value - before[name]).detach() for name, value in model.named_parameters()}
+    assert change["embed.weight"].abs().mean() == pytest.approx(0.005, rel=0.01)
+    assert 0 < change["body.weight"].pow(2).mean().sqrt() < 0.2 * 0.01 * 1.3
+    again = muon.Pair(model, excluded=("embed",))
+    again.load_state_dict(pair.state_dict())
+    assert len(again.state_dict()[0]["state"]) == 1
+
+
+def test_learning_rate_warms_up_stays_and_decays_to_zero():
+    rates = [learning_rate(step, 100, 2.0, warmup=10, decay_share=0.5) for step in range(101)]
+    assert rates[0] == 0.2 and rates[9:51] == [2.0] * 42 and rates[75] == 1.0 and rates[100] == 0
+
+
+def test_text_encoder_learns_to_carry_its_words(tmp_path, scenes):
+    captions = [scene.caption for scene in scenes[:200]]
+    words = tokenizer.learn(captions, tmp_path)
+    ids = tokenizer.ids_of(words, captions)
+    encoder, losses = language.build_text_encoder(words), []
+    language.train(encoder, ids, lambda step, loss: losses.append(loss), steps=200)
+    assert losses[-1] < 0.6 * losses[0]
