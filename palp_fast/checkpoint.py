@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -19,12 +20,13 @@ _STATE, _MANIFEST = "state.pt", "manifest.json"
 def save(folder: str | os.PathLike, state: dict) -> Path:
     """Writes `state` (tensors, numbers, strings, nested dicts and lists; "step" and "fingerprint" among them).
 
-    Returns the checkpoint's own folder, <folder>/step-<step>. Older ones go only once the new one is safe on disk.
+    Returns the checkpoint's own folder, <folder>/step-<step>, with a suffix where another state of that step is on disk
+    already. Older ones go only once the new one is safe there; the same state is not written twice.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{state['step']:08d}"
-    temporary = folder / f".{final.name}.{os.getpid()}.tmp"
+    name = f"step-{state['step']:08d}"
+    temporary = folder / f".{name}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     with open(temporary / _STATE, "wb") as file:
@@ -35,18 +37,23 @@ def save(folder: str | os.PathLike, state: dict) -> Path:
         json.dump(manifest, file, indent=1)
         _sync(file)
     _sync_folder(temporary)
-    if final.exists():
-        # A run started anew may reach the step of a checkpoint that it left behind.
-        os.replace(final, old := folder / f".{final.name}.{os.getpid()}.old")
-        os.replace(temporary, final)
-        shutil.rmtree(old, ignore_errors=True)
+    newest = find(folder)
+    if newest and newest[1] == manifest:
+        final = newest[0]
     else:
+        final = _free(folder / name)
         os.replace(temporary, final)
     _sync_folder(folder)
     for other in folder.iterdir():
         if other != final and other.name.lstrip(".").startswith("step-"):
             shutil.rmtree(other, ignore_errors=True)
     return final
+
+
+def _free(path: Path) -> Path:
+    """path, or path.1, path.2, ...: nothing is ever moved out of the way, so that one checkpoint is always there."""
+    names = itertools.chain([path.name], (f"{path.name}.{number}" for number in itertools.count(1)))
+    return next(path.with_name(name) for name in names if not path.with_name(name).exists())
 
 
 def find(folder: str | os.PathLike) -> tuple[Path, dict] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -66,8 +67,12 @@ class RunFolder:
         except ConfigError:
             # PIL images have no place in TOML: such a run is repeated from Python.
             (self.path / "config.toml").unlink(missing_ok=True)
+        for leftover in (*self.path.glob(".*.tmp"), *self.path.glob("embeddings/.*.tmp")):
+            leftover.unlink()
         if metrics_bytes is None:
             checkpoint.clear(self.checkpoints)
+            for earlier in self.samples.glob("step-*"):
+                shutil.rmtree(earlier)
         self._metrics_file = open(self.metrics, "ab")
         self._metrics_file.truncate(min(metrics_bytes or 0, self._metrics_bytes()))
 

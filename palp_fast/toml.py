@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 from palp_fast.errors import ConfigError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 def read(file: str | os.PathLike) -> dict[str, Any]:

@@ -196,6 +196,7 @@ class Trainer:
             metrics = self._train_step()
             self.folder.write_metrics(metrics)
             if cfg.sample_every and self.step % cfg.sample_every == 0:
+                self.update.check_parameters(self.step)
                 previews.draw(self, self.folder.samples / f"step-{self.step:08d}")
             if cfg.checkpoint_every and self.step % cfg.checkpoint_every == 0:
                 self._save_checkpoint()

@@ -164,3 +164,31 @@ def test_a_killed_run_ends_in_the_same_bytes(model, tmp_path):
         return start, outputs(output_dir)
 
     assert trained(tmp_path / "killed") == (reached, trained(tmp_path / "whole")[1])
+
+
+def test_there_is_a_complete_checkpoint_at_every_moment_of_saving(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, state(5))
+    seen, replace, remove = [], os.replace, checkpoint.shutil.rmtree
+
+    def look(function):
+        def wrapper(*args, **kwargs):
+            seen.append(checkpoint.load(tmp_path)["step"])
+            function(*args, **kwargs)
+            seen.append(checkpoint.load(tmp_path)["step"])
+
+        return wrapper
+
+    monkeypatch.setattr(os, "replace", look(replace))
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", look(remove))
+    again = checkpoint.save(tmp_path, state(5, more=1))
+    assert set(seen) == {5} and checkpoint.load(tmp_path)["more"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == [again.name]
+
+
+def test_a_run_started_anew_leaves_no_pictures_of_the_earlier_one(model, tmp_path):
+    settings = {"steps": 2, "sample_every": 1, "output_dir": str(tmp_path / "out")}
+    train(tiny.config(model, **settings))
+    (tmp_path / "out" / ".half.safetensors.1.tmp").write_bytes(b"torn")
+    result = train(tiny.config(model, **(settings | {"resume": "never", "sample_every": 2})))
+    assert {path.parent.name for path in result.samples} == {"step-00000002"}
+    assert not list((tmp_path / "out").glob(".*.tmp"))

@@ -2,8 +2,8 @@
 
     y = x W^T + bias + scale (x A^T) B^T
 
-Merging loses the update: a bf16 weight swallows most of a small B A (PERFORMANCE.md). Here the frozen product
-runs in the dtype of x, the low-rank term in fp32 (fp64 for fp64), and the sum is rounded once.
+Merging loses the update: a bf16 weight rounds much of a small B A away (tests/test_lora_linear.py). Here the frozen
+product runs in the dtype of x, the low-rank term in fp32 (fp64 for fp64), and the sum is rounded once.
 """
 
 from __future__ import annotations
