@@ -1,9 +1,11 @@
 """Building and installing: wheel contents, a missing compiler, a broken library, what `report` says."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,20 @@ from palp_fast import backend, ops  # noqa: F401  (ops loads the library)
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+
+MOST_BYTES = 38e6
+DATA = (
+    "zoo/world.json",
+    "zoo/emoji-64/model_index.json",
+    "zoo/emoji-64/LICENSE",
+    "zoo/emoji-64/unet/*.safetensors",
+    "zoo/emoji-64/vae/*.safetensors",
+    "zoo/emoji-64/text_encoder/*.safetensors",
+    "zoo/emoji-64/tokenizer/*",
+    "zoo/demo_subject/LICENSE",
+    "zoo/demo_subject/truth.png",
+    *(f"zoo/demo_subject/photos/photo_{i}.png" for i in range(4)),
+)
 
 PROBE = """
 import torch
@@ -25,16 +41,14 @@ print(functional.renoise(x, x, x, torch.full((1,), 0.5)).sum().item())
 
 
 def build_wheel(folder: Path, **environment: str) -> zipfile.ZipFile:
-    """The wheel, built from a copy of what a build reads, so that the source tree stays as it is."""
+    """The wheel, built from links to what a build reads, so that the source tree stays as it is."""
     source = folder / "source"
-    (source / "palp_fast" / "reference").mkdir(parents=True)
+    ignored = shutil.ignore_patterns("lib", "__pycache__")
+    shutil.copytree(ROOT / "palp_fast", source / "palp_fast", copy_function=os.symlink, ignore=ignored)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
         if (ROOT / name).exists():
             (source / name).write_bytes((ROOT / name).read_bytes())
     (source / "csrc").symlink_to(ROOT / "csrc")
-    for pattern in ("*.py", "reference/*.py"):
-        for path in (ROOT / "palp_fast").glob(pattern):
-            (source / path.relative_to(ROOT)).write_bytes(path.read_bytes())
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-build-isolation", "--no-deps", "-w", str(folder), "-q"]
     subprocess.run(command, cwd=source, env={**os.environ, **environment}, check=True, timeout=300)
     (wheel,) = folder.glob("*.whl")
@@ -76,6 +90,14 @@ def test_wheel_is_for_every_python_of_the_platform(installed):
     assert Path(filename).name.startswith("palp_fast-0.1.0-py3-none-linux_")
     assert f"palp_fast/lib/{backend.LIBRARY.name}" in names
     assert not [name for name in names if "__pycache__" in name or name.endswith((".pyc", ".cpp", ".h", "build.txt"))]
+
+
+def test_wheel_holds_the_model_and_the_demo(installed):
+    _, filename, names = installed
+    wanted = [f"palp_fast/{pattern}" for pattern in (*DATA, f"lib/{backend.LIBRARY.name}")]
+    missing = [pattern for pattern in wanted if not any(fnmatchcase(name, pattern) for name in names)]
+    assert not missing
+    assert Path(filename).stat().st_size <= MOST_BYTES
 
 
 def test_built_library_serves(installed):

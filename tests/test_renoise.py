@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from close import BACKENDS, assert_as_good, assert_close
+from close import BACKENDS, NEEDS_LIBRARY, assert_as_good, assert_close
 
 from palp_fast import functional as PF
 
@@ -49,11 +49,10 @@ def test_against_the_formula(backend, variant, new_noise, dtype):
     assert_as_good(made, peer.to(dtype), truth, 1e-14 if dtype == torch.float64 else 1e-6)
 
 
+@NEEDS_LIBRARY
 @pytest.mark.parametrize("variant", VARIANTS, ids=IDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_compiled_library_equals_the_reference(variant, dtype):
-    if PF._backend.select("renoise", torch.device("cpu")) != "cpu":
-        pytest.skip("the C++ library is not loaded")
     results = []
     for backend in ("cpu", "reference"):
         leaves = [value.requires_grad_() for value in images(dtype)[:3]]
