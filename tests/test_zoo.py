@@ -143,7 +143,7 @@ def test_autoencoder_keeps_a_subject_it_never_saw():
     pixels = pictures.permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
-    assert float(((decoded - pixels) ** 2).mean()) <= 0.01
+    assert float(((decoded - pixels) ** 2).mean()) <= 0.006
 
 
 def test_licences_lie_beside_what_ships():
