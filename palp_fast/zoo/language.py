@@ -1,7 +1,6 @@
 """Stage 2 of emoji-64: the text encoder learns to carry its caption's words to the tokens after the end.
 
-Cross-attention then finds every word in every padding token from its first step on, as with a pretrained encoder: a
-UNet trained together with an untrained one hardly followed its captions after 2,000 steps.
+Cross-attention then finds every word in every padding token from its first step on, as with a pretrained encoder.
 """
 
 from pathlib import Path
