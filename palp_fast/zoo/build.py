@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from palp_fast.zoo import autoencoder, check, diffusion, language, pictures, sources, sprites, tokenizer, world
 from palp_fast.zoo.render import Scene, compose
@@ -62,9 +63,9 @@ def personal_pictures(made: world.World, drawings: np.ndarray, name: str, target
     target.mkdir(parents=True, exist_ok=True)
     for number, background in enumerate(world.PERSONAL_BACKGROUNDS):
         picture = compose(drawings, Scene((place,), "render", background, "", 1000 + number))
-        check.Image.fromarray(picture).save(target / f"photo_{number}.png")
+        Image.fromarray(picture).save(target / f"photo_{number}.png")
     truth = compose(drawings, Scene((place,), "line", "blue", "", 1100))
-    check.Image.fromarray(truth).save(target.parent / "truth.png")
+    Image.fromarray(truth).save(target.parent / "truth.png")
 
 
 def warm_start(model: Path, cache: Path, autoencoder_steps: int) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from palp_fast.zoo.captions import caption
+from palp_fast.zoo.sprites import shrink
 from palp_fast.zoo.world import BACKGROUNDS, COLOURS, STYLES, World
 
 SIDE = 64
@@ -40,9 +41,7 @@ def compose(sprites: np.ndarray, scene: Scene) -> np.ndarray:
         side = round(SIDE * (draw.uniform(0.62, 0.92) if count == 1 else draw.uniform(0.44, 0.52)))
         left = draw.uniform(0, SIDE / count - side) if side < SIDE / count else 0
         x, y = round(slot * SIDE / count + left), round(draw.uniform(0, SIDE - side))
-        sprite = Image.fromarray(sprites[subject, style]).convert("RGBa")
-        small = sprite.resize((side, side), Image.Resampling.LANCZOS).convert("RGBA")
-        canvas.alpha_composite(small, (min(x, SIDE - side), y))
+        canvas.alpha_composite(shrink(Image.fromarray(sprites[subject, style]), side), (min(x, SIDE - side), y))
     return np.asarray(canvas.convert("RGB"))
 
 
