@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from palp_fast.zoo import build, check, demo, language, muon, tokenizer
-from palp_fast.zoo.captions import caption, noun_phrase
+from palp_fast.zoo.captions import STYLE_PHRASES, caption, noun_phrase
 from palp_fast.zoo.render import compose, training_scene
 from palp_fast.zoo.training import learning_rate
 from palp_fast.zoo.world import COLOURS, DARK, PERSONAL_BACKGROUNDS, STYLES, TARGETS, World
@@ -118,6 +118,17 @@ def test_pixel_tests_know_line_art_from_colour(world, sprites, background):
         assert check.colourless(picture, background) == plain, style
     wrong = "red" if background != "red" else "blue"
     assert not check.passes(picture, "line", wrong)[0]
+
+
+def test_second_sheet_asks_for_what_training_never_showed(world):
+    captions = check.compositions(world)
+    assert len(captions) == len(set(captions)) == 48
+    assert all(" and " in caption for caption in captions[:12])
+    styles = {phrases[0].format("").strip(): style for style, phrases in STYLE_PHRASES.items()}
+    for caption in captions[12:24]:
+        style = next(name for phrase, name in styles.items() if caption.startswith(phrase))
+        lacking = [subject.name for subject in world.having("seen") if subject.withheld_style == style]
+        assert any(noun_phrase(name) in caption for name in lacking), caption
 
 
 def test_stock_diffusers_loads_the_shipped_model():

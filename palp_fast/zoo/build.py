@@ -114,7 +114,7 @@ def main() -> None:
     for name in ("vocab.json", "merges.txt"):  # what transformers before 5 reads
         shutil.copy(cache / "tokenizer" / name, args.output / "tokenizer" / name)
     personal_pictures(made, drawings, DEMO_SUBJECT, PACKAGE / "demo_subject" / "photos")
-    results = check.run(args.output, made, drawings, cache / "check.png")
+    results = check.run(args.output, made, drawings, cache)
     held = autoencoder.squared_error(vae.float(), autoencoder.held_out_pictures(made, drawings))
     Log(cache / "log.jsonl", "check")(args.diffusion_steps, autoencoder_squared_error=held, **results)
     if args.output == MODEL:

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from palp_fast.zoo.captions import STYLE_PHRASES, article, noun_phrase
+from palp_fast.zoo.captions import SCENE_PHRASES, STYLE_PHRASES, article, noun_phrase
 from palp_fast.zoo.render import Scene, compose
-from palp_fast.zoo.world import COLOURS, DARK, STYLES, World
+from palp_fast.zoo.world import BACKGROUNDS, COLOURS, DARK, SCENES, STYLES, World
 
 STEPS, GUIDANCE = 25, 4.0  # sampling of the check: DDIM steps, guidance scale
 _PALETTE = np.array(list(COLOURS.values()), np.float32)
@@ -61,10 +61,40 @@ def cases(world: World, sprites: np.ndarray, count: int = 240) -> list[Case]:
         truth = compose(sprites, Scene((place,), style, background, "", len(found)))
         allowed = world.allows(style, background) and subject.withheld_style != style
         if allowed and passes(truth, style, background) == (True, True):
-            words = STYLE_PHRASES[style][0].format(noun_phrase(subject.name))
-            words += f" on {article(background)} {background} background"
+            words = _words(style, noun_phrase(subject.name), background)
             found.append(Case(words, subject.name, style, background))
     return found
+
+
+def compositions(world: World, columns: int = 12) -> list[str]:
+    """Captions of the second sheet, in rows of `columns`: what the colour tests do not ask.
+
+    Two subjects; one subject in the style withheld from its training; a withheld (style, background) pair; class nouns.
+    """
+    draw = random.Random(48)
+    seen = world.having("seen")
+    lacking = {style: [subject for subject in seen if subject.withheld_style == style] for style in STYLES}
+    free = [noun_phrase(subject.name) for subject in seen if subject.withheld_style is None]
+    nouns = [noun_phrase(noun) for noun in sorted({subject.class_noun for subject in seen})]
+    allowed = [(style, ground) for style in STYLES for ground in BACKGROUNDS if world.allows(style, ground)]
+    rows = [[] for _ in range(4)]
+    for column in range(columns):
+        style = STYLES[column % len(STYLES)]
+        rows[0].append((style, " and ".join(draw.sample(free, 2)), draw.choice(_grounds(allowed, style))))
+        rows[1].append((style, noun_phrase(draw.choice(lacking[style]).name), draw.choice(_grounds(allowed, style))))
+        pair = world.withheld_pairs[column % len(world.withheld_pairs)]
+        rows[2].append((pair[0], draw.choice(free), pair[1]))
+        rows[3].append((style, draw.choice(nouns), draw.choice(_grounds(allowed, style))))
+    return [_words(*cell) for row in rows for cell in row]
+
+
+def _grounds(allowed: list[tuple[str, str]], style: str) -> list[str]:
+    return [ground for own, ground in allowed if own == style]
+
+
+def _words(style: str, things: str, background: str) -> str:
+    place = SCENE_PHRASES[background][0] if background in SCENES else f"on {article(background)} {background} background"
+    return f"{STYLE_PHRASES[style][0].format(things)} {place}"
 
 
 def passes(picture: np.ndarray, style: str, background: str) -> tuple[bool, bool]:
@@ -73,8 +103,11 @@ def passes(picture: np.ndarray, style: str, background: str) -> tuple[bool, bool
     return frame_colour(picture) == background, {"line": plain, "render": not plain, "flat": True}[style]
 
 
-def run(model: Path, world: World, sprites: np.ndarray, sheet: Path | None = None) -> dict[str, float]:
-    """Draw every case with the stock pipeline; returns the shares of right backgrounds and colourings, 0 to 1."""
+def run(model: Path, world: World, sprites: np.ndarray, sheets: Path | None = None) -> dict[str, float]:
+    """Draw every case with the stock pipeline; returns the shares of right backgrounds and colourings, 0 to 1.
+
+    sheets: folder for check.png, the cases in rows of 24, and compositions.png.
+    """
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(model)
@@ -82,8 +115,9 @@ def run(model: Path, world: World, sprites: np.ndarray, sheet: Path | None = Non
     tests = cases(world, sprites)
     pictures = draw_captions(pipeline, [case.caption for case in tests])
     right = [passes(picture, case.style, case.background) for picture, case in zip(pictures, tests, strict=True)]
-    if sheet:
-        contact_sheet(pictures, columns=24).save(sheet)
+    if sheets:
+        contact_sheet(pictures, columns=24).save(sheets / "check.png")
+        contact_sheet(draw_captions(pipeline, compositions(world)), columns=12).save(sheets / "compositions.png")
     of = {style: [ok[1] for ok, case in zip(right, tests, strict=True) if case.style == style] for style in STYLES}
     return {"background": float(np.mean([ok[0] for ok in right])), "line_colourless": float(np.mean(of["line"])),
             "render_coloured": float(np.mean(of["render"]))}
