@@ -216,4 +216,4 @@ _differentiable("lora_linear", _lora_setup, _lora_backward)
 
 from palp_fast import flops  # noqa: E402, F401  (its formulas need the operators above)
 
-backend.load_library()
+backend.load_libraries()

@@ -15,6 +15,14 @@ namespace palp_fast::bindings {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline bool any_double(std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* tensor : tensors) {
+    if (tensor->scalar_type() == ScalarType::Double) return true;
+  }
+  return false;
+}
 
 inline DType dtype_of(ScalarType type, const char* name) {
   switch (type) {
@@ -32,19 +40,32 @@ inline Shape shape_of(const Tensor& tensor, const char* name) {
   return Shape{sizes[0], sizes[1], sizes[2], sizes[3]};
 }
 
-// `channels` < shape.channels means one channel, read for every channel.
-inline ImageView view_of(const Tensor& tensor, const Shape& shape, const char* name, bool one_channel = false) {
+inline void check_device(const Tensor& tensor, const Tensor& first, const char* name) {
+  STD_TORCH_CHECK(
+      tensor.is_cpu() == first.is_cpu() && tensor.get_device_index() == first.get_device_index(), name,
+      " is not on the device of the first argument");
+}
+
+// On the device of `first`. With `one_channel` the tensor has one, read for every channel.
+inline ImageView view_of(
+    const Tensor& tensor, const Tensor& first, const Shape& shape, const char* name, bool one_channel = false) {
+  check_device(tensor, first, name);
   const Shape own = shape_of(tensor, name);
   const int64_t channels = one_channel ? 1 : shape.channels;
   STD_TORCH_CHECK(
       own.batch == shape.batch && own.channels == channels && own.height == shape.height && own.width == shape.width,
       name, " has shape [", own.batch, ", ", own.channels, ", ", own.height, ", ", own.width, "]: allowed is [",
       shape.batch, ", ", channels, ", ", shape.height, ", ", shape.width, "]");
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " is not on the cpu");
   const auto strides = tensor.strides();
   return ImageView{
       tensor.const_data_ptr(), dtype_of(tensor.scalar_type(), name), strides[0], one_channel ? 0 : strides[1],
       strides[2], strides[3]};
+}
+
+inline VectorView vector_of(const Tensor& tensor, const Tensor& first, int64_t count, const char* name) {
+  check_device(tensor, first, name);
+  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.sizes()[0] == count, name, ": allowed is a vector of ", count);
+  return VectorView{tensor.const_data_ptr(), dtype_of(tensor.scalar_type(), name), tensor.strides()[0]};
 }
 
 inline ImageOut out_of(const Tensor& tensor) {

@@ -1,6 +1,6 @@
 #include "tile.h"
 
-namespace palp_fast::cpu {
+namespace palp_fast::cpu::PALP_LEVEL {
 
 template <typename Real>
 void renoise_fwd(const RenoiseParams<Real>& params, ParallelFor parallel) {
@@ -28,7 +28,7 @@ void renoise_bwd(const RenoiseBackwardParams<Real>& params, ParallelFor parallel
   const Shape& shape = params.shape;
   for_each_tile(shape, parallel, [&](Tile tile, int64_t) {
     Real buffer[kTile], total[kTile], d_x[kTile], scaled[kTile];
-    std::fill(total, total + tile.count, Real(0));
+    for (int64_t i = 0; i < tile.count; ++i) total[i] = 0;
     for (int64_t copy = 0; copy < params.copies; ++copy) {
       const Tile source{copy * shape.batch + tile.sample, tile.first, tile.count};
       const Real* grad = load(params.grad, shape, source, buffer);
@@ -50,4 +50,4 @@ template void renoise_fwd(const RenoiseParams<double>&, ParallelFor);
 template void renoise_bwd(const RenoiseBackwardParams<float>&, ParallelFor);
 template void renoise_bwd(const RenoiseBackwardParams<double>&, ParallelFor);
 
-}  // namespace palp_fast::cpu
+}  // namespace palp_fast::cpu::PALP_LEVEL

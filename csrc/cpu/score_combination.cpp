@@ -1,8 +1,6 @@
-#include <vector>
-
 #include "tile.h"
 
-namespace palp_fast::cpu {
+namespace palp_fast::cpu::PALP_LEVEL {
 namespace {
 
 constexpr int64_t kLanes = 8;   // independent sums, so that the compiler may vectorise without reordering
@@ -56,7 +54,7 @@ template <typename Real>
 ScoreSums finish_tile(const TileValues<Real>& in, int64_t count, Real* gradient) {
   ScoreSums sums;
   for (int64_t start = 0; start < count; start += kRun) {
-    const int64_t stop = std::min(start + kRun, count);
+    const int64_t stop = least(start + kRun, count);
     Lanes<Real> lanes;
     int64_t i = start;
     for (; i + kLanes <= stop; i += kLanes) {
@@ -71,7 +69,7 @@ ScoreSums finish_tile(const TileValues<Real>& in, int64_t count, Real* gradient)
 template <typename Real>
 ScoreSums score_tile(const ScoreParams<Real>& params, Tile tile, Real* gradient) {
   Real residual[kTile], pred[kTile], target[kTile], other[kTile];
-  std::fill(residual, residual + tile.count, Real(0));
+  for (int64_t i = 0; i < tile.count; ++i) residual[i] = 0;
   for (int64_t term = 0; term < params.terms; ++term) {
     const Real* values = load(params.predictions[term], params.shape, tile, other);
     const Real factor = params.coefficients[term * params.shape.batch + tile.sample];
@@ -84,7 +82,7 @@ ScoreSums score_tile(const ScoreParams<Real>& params, Tile tile, Real* gradient)
   if (params.mask) {
     in.mask = load(*params.mask, params.shape, tile, other);
   } else {
-    std::fill(other, other + tile.count, Real(1));
+    for (int64_t i = 0; i < tile.count; ++i) other[i] = 1;
   }
   in.residual = residual;
   in.weight = params.residual_weight[tile.sample];
@@ -96,18 +94,9 @@ ScoreSums score_tile(const ScoreParams<Real>& params, Tile tile, Real* gradient)
 
 template <typename Real>
 void score_combination_fwd(const ScoreParams<Real>& params, Real* gradient, ScoreSums* sums, ParallelFor parallel) {
-  const int64_t tiles = tiles_per_image(params.shape);
-  std::vector<ScoreSums> partial(params.shape.batch * tiles);
   for_each_tile(params.shape, parallel, [&](Tile tile, int64_t index) {
-    partial[index] = score_tile(params, tile, gradient);
+    sums[index] = score_tile(params, tile, gradient);
   });
-  for (int64_t index = 0; index < int64_t(partial.size()); ++index) {
-    ScoreSums& sum = sums[index / tiles];
-    sum.squares += partial[index].squares;
-    sum.residual += partial[index].residual;
-    sum.gradient += partial[index].gradient;
-    sum.product += partial[index].product;
-  }
 }
 
 template <typename Real>
@@ -126,4 +115,4 @@ template void score_combination_fwd(const ScoreParams<double>&, double*, ScoreSu
 template void score_combination_bwd(const Shape&, const ImageView&, float, const ImageOut&, ParallelFor);
 template void score_combination_bwd(const Shape&, const ImageView&, double, const ImageOut&, ParallelFor);
 
-}  // namespace palp_fast::cpu
+}  // namespace palp_fast::cpu::PALP_LEVEL

@@ -24,6 +24,13 @@ struct ScoreSums {
   double residual = 0;  // r^2
   double gradient = 0;  // (2 mask (pred - target) - lambda c r)^2
   double product = 0;   // r pred
+
+  PALP_INLINE void operator+=(const ScoreSums& other) {
+    squares += other.squares;
+    residual += other.residual;
+    gradient += other.gradient;
+    product += other.product;
+  }
 };
 
 }  // namespace palp_fast

@@ -1,0 +1,50 @@
+// Reading and writing one element of a typed view: what a GPU thread does.
+#pragma once
+
+#include "palp_fast/convert.h"
+#include "palp_fast/image.h"
+
+namespace palp_fast {
+
+template <typename Real>
+PALP_INLINE Real read_element(const void* data, DType dtype, int64_t offset) {
+  switch (dtype) {
+    case DType::float16: return Real(widen(static_cast<const Half*>(data)[offset]));
+    case DType::bfloat16: return Real(widen(static_cast<const BFloat16*>(data)[offset]));
+    case DType::float64: return Real(static_cast<const double*>(data)[offset]);
+    default: return Real(static_cast<const float*>(data)[offset]);
+  }
+}
+
+// Element `index` (row-major in [C, H, W]) of a sample's image.
+template <typename Real>
+PALP_INLINE Real read_image(const ImageView& view, const Shape& shape, int64_t sample, int64_t index) {
+  int64_t offset = sample * view.batch_stride;
+  if (view.image_is_contiguous(shape)) {
+    offset += index;
+  } else {
+    const int64_t column = index % shape.width, line = index / shape.width;
+    offset += line / shape.height * view.channel_stride + line % shape.height * view.row_stride;
+    offset += column * view.column_stride;
+  }
+  return read_element<Real>(view.data, view.dtype, offset);
+}
+
+// The value of a sample, or `missing` where the vector is absent.
+template <typename Real>
+PALP_INLINE Real read_vector(const VectorView& view, int64_t sample, Real missing) {
+  return view.data ? read_element<Real>(view.data, view.dtype, sample * view.stride) : missing;
+}
+
+// Rounds to the type of `out` and writes element `index` of it.
+template <typename Real>
+PALP_INLINE void write_element(const ImageOut& out, int64_t index, Real value) {
+  switch (out.dtype) {
+    case DType::float16: return round_to(value, static_cast<Half*>(out.data)[index]);
+    case DType::bfloat16: return round_to(value, static_cast<BFloat16*>(out.data)[index]);
+    case DType::float64: return round_to(value, static_cast<double*>(out.data)[index]);
+    default: return round_to(value, static_cast<float*>(out.data)[index]);
+  }
+}
+
+}  // namespace palp_fast
