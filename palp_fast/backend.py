@@ -13,7 +13,7 @@ OPERATORS = ("score_combination", "renoise", "add_noise", "lora_linear")
 # By device type, the operators that csrc/ has for it.
 COMPILED = {
     "cpu": ("score_combination", "renoise"),
-    "cuda": ("renoise",),
+    "cuda": ("score_combination", "renoise"),
 }
 TITLES = {"cpu": "C++", "cuda": "CUDA"}
 

@@ -8,7 +8,6 @@
 #include <optional>
 #include <vector>
 
-#include "palp_fast/convert.h"
 #include "palp_fast/image.h"
 
 namespace palp_fast::bindings {
@@ -46,6 +45,10 @@ inline void check_device(const Tensor& tensor, const Tensor& first, const char* 
       " is not on the device of the first argument");
 }
 
+inline void check_cpu(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, " is not on the cpu");
+}
+
 // On the device of `first`. With `one_channel` the tensor has one, read for every channel.
 inline ImageView view_of(
     const Tensor& tensor, const Tensor& first, const Shape& shape, const char* name, bool one_channel = false) {
@@ -68,42 +71,27 @@ inline VectorView vector_of(const Tensor& tensor, const Tensor& first, int64_t c
   return VectorView{tensor.const_data_ptr(), dtype_of(tensor.scalar_type(), name), tensor.strides()[0]};
 }
 
+inline TableView table_of(
+    const Tensor& tensor, const Tensor& first, int64_t rows, int64_t columns, const char* name) {
+  check_device(tensor, first, name);
+  STD_TORCH_CHECK(
+      tensor.dim() == 2 && tensor.sizes()[0] == rows && tensor.sizes()[1] == columns, name, ": allowed is [", rows,
+      ", ", columns, "]");
+  const auto strides = tensor.strides();
+  return TableView{tensor.const_data_ptr(), dtype_of(tensor.scalar_type(), name), strides[0], strides[1]};
+}
+
 inline ImageOut out_of(const Tensor& tensor) {
   return ImageOut{tensor.mutable_data_ptr(), dtype_of(tensor.scalar_type(), "result")};
 }
 
-template <typename Real, typename Stored>
-void read_vector(const void* data, int64_t count, int64_t stride, Real* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = Real(widen(static_cast<const Stored*>(data)[i * stride]));
-}
-
-// `count` values of a row, as Real.
-template <typename Real>
-void read_row(const Tensor& tensor, int64_t offset, int64_t count, int64_t stride, Real* out, const char* name) {
-  const DType dtype = dtype_of(tensor.scalar_type(), name);
-  const char* data = static_cast<const char*>(tensor.const_data_ptr());
-  switch (dtype) {
-    case DType::float16: return read_vector<Real, Half>(data + 2 * offset, count, stride, out);
-    case DType::bfloat16: return read_vector<Real, BFloat16>(data + 2 * offset, count, stride, out);
-    case DType::float64: return read_vector<Real, double>(data + 8 * offset, count, stride, out);
-    default: return read_vector<Real, float>(data + 4 * offset, count, stride, out);
-  }
-}
-
-// [B] values, or `missing` for each where the argument was None.
-template <typename Real>
-std::vector<Real> per_sample(const std::optional<Tensor>& tensor, int64_t batch, Real missing, const char* name) {
-  std::vector<Real> values(batch, missing);
-  if (tensor) {
-    STD_TORCH_CHECK(tensor->dim() == 1 && tensor->sizes()[0] == batch, name, ": allowed is a vector of ", batch);
-    STD_TORCH_CHECK(tensor->is_cpu(), name, " is not on the cpu");
-    read_row(*tensor, 0, batch, tensor->strides()[0], values.data(), name);
-  }
-  return values;
-}
-
 inline Tensor empty_like_of(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, sizes, dtype);
+}
+
+// [copies B, C, H, W], contiguous.
+inline Tensor empty_image(const Tensor& like, const Shape& shape, ScalarType dtype, int64_t copies = 1) {
+  return empty_like_of(like, {copies * shape.batch, shape.channels, shape.height, shape.width}, dtype);
 }
 
 template <typename Real>

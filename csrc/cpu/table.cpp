@@ -4,13 +4,13 @@
 namespace palp_fast::cpu::PALP_LEVEL {
 
 template <typename Real>
-void score_combination_fwd(const ScoreParams<Real>&, Real*, ScoreSums*, ParallelFor);
+void score_combination_fwd(const ScoreParams<Real>&, Real*, ScoreSums<double>*, ParallelFor);
 template <typename Real>
 void score_combination_bwd(const Shape&, const ImageView&, Real, const ImageOut&, ParallelFor);
 template <typename Real>
-void renoise_fwd(const RenoiseParams<Real>&, ParallelFor);
+void renoise_fwd(const RenoiseParams&, ParallelFor);
 template <typename Real>
-void renoise_bwd(const RenoiseBackwardParams<Real>&, ParallelFor);
+void renoise_bwd(const RenoiseBackwardParams&, ParallelFor);
 
 #define PALP_TEXT(name) PALP_QUOTE(name)
 #define PALP_QUOTE(name) #name

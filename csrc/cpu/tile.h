@@ -89,9 +89,19 @@ const Real* load(const ImageView& view, const Shape& shape, Tile tile, Real* buf
   }
 }
 
+// Where to put the tile's results before `store`: in place where the tensor holds Real, else in the buffer.
+template <typename Real>
+Real* place(const ImageOut& out, const Shape& shape, Tile tile, int64_t sample, Real* buffer) {
+  const DType real = same_type<Real, double> ? DType::float64 : DType::float32;
+  return out.dtype == real ? static_cast<Real*>(out.data) + sample * shape.image() + tile.first : buffer;
+}
+
 template <typename Stored, typename Real>
 void store_typed(const Real* values, int64_t count, void* data, int64_t offset) {
   Stored* out = static_cast<Stored*>(data) + offset;
+  if constexpr (same_type<Stored, Real>) {
+    if (values == out) return;
+  }
   for (int64_t i = 0; i < count; ++i) round_to(values[i], out[i]);
 }
 

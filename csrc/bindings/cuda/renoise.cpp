@@ -1,4 +1,6 @@
 // renoise on CUDA for torch's dispatcher. Schema, shape function and autograd are in palp_fast/ops.py.
+#include "../renoise.h"
+
 #include <tuple>
 
 #include "../../cuda/kernels.h"
@@ -7,69 +9,31 @@
 namespace palp_fast::bindings {
 namespace {
 
-cuda::RenoiseSchedule schedule_of(
-    const Tensor& alpha_bar, const OptionalTensor& alpha_bar_new, const Tensor& first, int64_t batch) {
-  cuda::RenoiseSchedule schedule;
-  schedule.alpha_bar = vector_of(alpha_bar, first, batch, "alpha_bar");
-  if (alpha_bar_new) schedule.alpha_bar_new = vector_of(*alpha_bar_new, first, batch, "alpha_bar_new");
-  return schedule;
-}
-
-template <typename Real>
-Tensor renoise_forward(
-    const Tensor& x_t, const Tensor& eps_pred, const Tensor& noise, const Tensor& alpha_bar,
-    const OptionalTensor& alpha_bar_new, int64_t copies, ScalarType dtype) {
-  const OnDeviceOf device(x_t, "x_t");
-  RenoiseParams<Real> params;
-  params.shape = shape_of(x_t, "x_t");
-  const Shape& s = params.shape;
-  params.x_t = view_of(x_t, x_t, s, "x_t");
-  params.eps_pred = view_of(eps_pred, x_t, s, "eps_pred");
-  params.noise = view_of(noise, x_t, s, "noise");
-  STD_TORCH_CHECK(copies >= 1, "copies=", copies, ": allowed is an int >= 1");
-  params.copies = copies;
-  Tensor out = empty_like_of(x_t, {copies * s.batch, s.channels, s.height, s.width}, dtype);
-  params.out = out_of(out);
-  const auto schedule = schedule_of(alpha_bar, alpha_bar_new, x_t, s.batch);
-  check_cuda(cuda::renoise_fwd(params, schedule, device.stream()), "renoise");
-  return out;
-}
-
 Tensor renoise(
     const Tensor& x_t, const Tensor& eps_pred, const Tensor& noise, const Tensor& alpha_bar,
     const OptionalTensor& alpha_bar_new, int64_t copies, std::optional<ScalarType> dtype) {
-  const auto forward = any_double({&x_t, &eps_pred, &noise}) ? renoise_forward<double> : renoise_forward<float>;
-  return forward(x_t, eps_pred, noise, alpha_bar, alpha_bar_new, copies, dtype.value_or(x_t.scalar_type()));
-}
-
-template <typename Real>
-std::tuple<Tensor, Tensor, Tensor> renoise_backward(
-    const Tensor& grad, const Tensor& alpha_bar, const OptionalTensor& alpha_bar_new, int64_t copies,
-    ScalarType x_dtype, ScalarType eps_dtype, ScalarType noise_dtype) {
-  const OnDeviceOf device(grad, "grad");
-  const Shape whole = shape_of(grad, "grad");
-  STD_TORCH_CHECK(copies >= 1 && whole.batch % copies == 0, "copies=", copies, " does not divide ", whole.batch);
-  RenoiseBackwardParams<Real> params;
-  params.shape = whole;
-  params.shape.batch = whole.batch / copies;
-  params.grad = view_of(grad, grad, whole, "grad");
-  params.copies = copies;
-  const std::vector<int64_t> sizes{params.shape.batch, whole.channels, whole.height, whole.width};
-  Tensor d_x = empty_like_of(grad, sizes, x_dtype), d_eps = empty_like_of(grad, sizes, eps_dtype);
-  Tensor d_noise = empty_like_of(grad, sizes, noise_dtype);
-  params.d_x_t = out_of(d_x);
-  params.d_eps_pred = out_of(d_eps);
-  params.d_noise = out_of(d_noise);
-  const auto schedule = schedule_of(alpha_bar, alpha_bar_new, grad, params.shape.batch);
-  check_cuda(cuda::renoise_bwd(params, schedule, device.stream()), "renoise_bwd");
-  return {d_x, d_eps, d_noise};
+  const OnDeviceOf device(x_t, "x_t");
+  RenoiseParams params = renoise_params(x_t, eps_pred, noise, alpha_bar, alpha_bar_new, copies);
+  const Tensor out = empty_image(x_t, params.shape, dtype.value_or(x_t.scalar_type()), copies);
+  params.out = out_of(out);
+  const auto launch = any_double({&x_t, &eps_pred, &noise}) ? cuda::renoise_fwd<double> : cuda::renoise_fwd<float>;
+  check_cuda(launch(params, device.stream()), "renoise");
+  return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> renoise_bwd(
     const Tensor& grad, const Tensor& alpha_bar, const OptionalTensor& alpha_bar_new, int64_t copies,
     ScalarType compute, ScalarType x_dtype, ScalarType eps_dtype, ScalarType noise_dtype) {
-  const auto backward = compute == ScalarType::Double ? renoise_backward<double> : renoise_backward<float>;
-  return backward(grad, alpha_bar, alpha_bar_new, copies, x_dtype, eps_dtype, noise_dtype);
+  const OnDeviceOf device(grad, "grad");
+  RenoiseBackwardParams params = renoise_backward_params(grad, alpha_bar, alpha_bar_new, copies);
+  const Tensor d_x = empty_image(grad, params.shape, x_dtype), d_eps = empty_image(grad, params.shape, eps_dtype);
+  const Tensor d_noise = empty_image(grad, params.shape, noise_dtype);
+  params.d_x_t = out_of(d_x);
+  params.d_eps_pred = out_of(d_eps);
+  params.d_noise = out_of(d_noise);
+  const auto launch = compute == ScalarType::Double ? cuda::renoise_bwd<double> : cuda::renoise_bwd<float>;
+  check_cuda(launch(params, device.stream()), "renoise_bwd");
+  return {d_x, d_eps, d_noise};
 }
 
 }  // namespace

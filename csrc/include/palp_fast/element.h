@@ -16,24 +16,37 @@ PALP_INLINE Real read_element(const void* data, DType dtype, int64_t offset) {
   }
 }
 
-// Element `index` (row-major in [C, H, W]) of a sample's image.
+template <typename Index>
+PALP_INLINE int64_t strided_offset(const ImageView& view, const Shape& shape, Index index) {
+  const Index width = Index(shape.width), height = Index(shape.height), line = index / width;
+  const int64_t channel = line / height, row = line % height, column = index % width;
+  return channel * view.channel_stride + row * view.row_stride + column * view.column_stride;
+}
+
+// Where element `index` (row-major in [C, H, W]) of a sample's image lies, in elements.
+PALP_INLINE int64_t image_offset(const ImageView& view, const Shape& shape, int64_t sample, int64_t index) {
+  const int64_t start = sample * view.batch_stride;
+  if (view.image_is_contiguous(shape)) return start + index;
+  // A division of 64 bits takes a GPU several times as long.
+  if (shape.image() <= INT32_MAX) return start + strided_offset(view, shape, uint32_t(index));
+  return start + strided_offset(view, shape, uint64_t(index));
+}
+
 template <typename Real>
 PALP_INLINE Real read_image(const ImageView& view, const Shape& shape, int64_t sample, int64_t index) {
-  int64_t offset = sample * view.batch_stride;
-  if (view.image_is_contiguous(shape)) {
-    offset += index;
-  } else {
-    const int64_t column = index % shape.width, line = index / shape.width;
-    offset += line / shape.height * view.channel_stride + line % shape.height * view.row_stride;
-    offset += column * view.column_stride;
-  }
-  return read_element<Real>(view.data, view.dtype, offset);
+  return read_element<Real>(view.data, view.dtype, image_offset(view, shape, sample, index));
 }
 
 // The value of a sample, or `missing` where the vector is absent.
 template <typename Real>
 PALP_INLINE Real read_vector(const VectorView& view, int64_t sample, Real missing) {
   return view.data ? read_element<Real>(view.data, view.dtype, sample * view.stride) : missing;
+}
+
+template <typename Real>
+PALP_INLINE Real read_table(const TableView& view, int64_t row, int64_t sample, Real missing) {
+  const int64_t offset = row * view.row_stride + sample * view.column_stride;
+  return view.data ? read_element<Real>(view.data, view.dtype, offset) : missing;
 }
 
 // Rounds to the type of `out` and writes element `index` of it.

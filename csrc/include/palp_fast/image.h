@@ -34,6 +34,13 @@ struct VectorView {
   int64_t stride = 0;
 };
 
+// [rows, B], as VectorView.
+struct TableView {
+  const void* data = nullptr;
+  DType dtype = DType::float32;
+  int64_t row_stride = 0, column_stride = 0;
+};
+
 // Written by the operator: contiguous.
 struct ImageOut {
   void* data = nullptr;

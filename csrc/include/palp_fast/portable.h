@@ -14,6 +14,9 @@
 #define PALP_INLINE PALP_HD inline __attribute__((always_inline))
 #endif
 
+// The memory behind this pointer is reached through no other while it lives.
+#define PALP_RESTRICT __restrict
+
 // The instruction set that a CPU kernel file is compiled for: base, v3 or v4 (x86-64-v3, x86-64-v4).
 #ifndef PALP_LEVEL
 #define PALP_LEVEL base
