@@ -10,15 +10,19 @@ import torch
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 OPERATORS = ("score_combination", "renoise", "add_noise", "lora_linear")
-CPU_OPERATORS = ("score_combination", "renoise")
+# By device type, the operators that csrc/ has for it.
+COMPILED = {
+    "cpu": ("score_combination", "renoise"),
+    "cuda": ("score_combination", "renoise"),
+}
+TITLES = {"cpu": "C++", "cuda": "CUDA"}
 
 LIBRARY_FOLDER = Path(__file__).parent / "lib"
-_NAMES = {"win32": "palp_fast_cpu.dll", "darwin": "libpalp_fast_cpu.dylib"}
-LIBRARY = LIBRARY_FOLDER / _NAMES.get(sys.platform, "libpalp_fast_cpu.so")
-BUILD_NOTE = LIBRARY_FOLDER / "build.txt"
+_PREFIX, _SUFFIX = {"win32": ("", ".dll"), "darwin": ("lib", ".dylib")}.get(sys.platform, ("lib", ".so"))
+LIBRARIES = {device: LIBRARY_FOLDER / f"{_PREFIX}palp_fast_{device}{_SUFFIX}" for device in COMPILED}
 
-_problem: str | None = "the C++ library has not been loaded yet"
-_served: frozenset[str] = frozenset()
+_problems: dict[str, str | None] = {device: "the library has not been loaded yet" for device in COMPILED}
+_served: dict[str, frozenset[str]] = {device: frozenset() for device in COMPILED}
 _deterministic = True
 
 
@@ -31,25 +35,32 @@ class Row(NamedTuple):
     reason: str
 
 
-def load_library() -> None:
-    """Load the C++ library if it is there; never raises, `select` and `report` say what is wrong."""
-    global _problem, _served
-    if not LIBRARY.exists():
-        note = BUILD_NOTE.read_text(encoding="utf-8").strip() if BUILD_NOTE.exists() else ""
-        _problem = note or "the C++ library was not built (pip install builds it where a C++ compiler is found)"
-        return
+def load_libraries() -> None:
+    """Load the compiled libraries that are there; never raises, `select` and `report` say what is wrong."""
+    for device, path in LIBRARIES.items():
+        _problems[device] = _load(device, path)
+        if _problems[device] is None:
+            key = device.upper()
+            has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+            _served[device] = frozenset(op for op in OPERATORS if has_kernel(f"palp_fast::{op}", key))
+
+
+def _load(device: str, path: Path) -> str | None:
+    """What keeps this library from serving, or None."""
+    if not path.exists():
+        note = path.with_name(f"build_{device}.txt")
+        text = note.read_text(encoding="utf-8").strip() if note.exists() else ""
+        needs = "a C++ compiler" if device == "cpu" else "a C++ compiler and nvcc"
+        return text or f"the {TITLES[device]} library was not built (pip install builds it where it finds {needs})"
     try:
-        torch.ops.load_library(str(LIBRARY))
+        torch.ops.load_library(str(path))
     except OSError as error:
-        _problem = f"the C++ library {LIBRARY.name} does not load: {error}"
-        return
-    _problem = None
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    _served = frozenset(op for op in OPERATORS if has_kernel(f"palp_fast::{op}", "CPU"))
+        return f"the {TITLES[device]} library {path.name} does not load: {error}"
+    return None
 
 
 def select(op: str, device: torch.device, requested: str = "auto") -> str:
-    """The backend that will run `op` on `device`: "reference" or "cpu".
+    """The backend that will run `op` on `device`: "reference", "cpu" or "cuda".
 
     "auto" falls back to the reference. Any other request that cannot be met raises: ValueError for an unknown name,
     RuntimeError with the reason for a backend that does not serve this operator here.
@@ -58,9 +69,10 @@ def select(op: str, device: torch.device, requested: str = "auto") -> str:
         return "reference"
     if requested not in BACKENDS:
         raise ValueError(f"backend={requested!r}: allowed are {', '.join(map(repr, BACKENDS))}")
-    reason = obstacle(op, device, "cpu" if requested == "auto" else requested)
+    wanted = device.type if requested == "auto" else requested
+    reason = obstacle(op, device, wanted)
     if reason is None:
-        return "cpu"
+        return wanted
     if requested == "auto":
         return "reference"
     raise RuntimeError(f"backend={requested!r} cannot serve {op} on {device}: {reason}")
@@ -68,15 +80,15 @@ def select(op: str, device: torch.device, requested: str = "auto") -> str:
 
 def obstacle(op: str, device: torch.device, name: str) -> str | None:
     """Why `name` cannot serve `op` on `device`, or None if it can."""
-    if name != "cpu":
+    if name not in COMPILED:
         return f"this version has no {name} operators"
-    if device.type != "cpu":
-        return f"the C++ library serves cpu tensors, not {device.type}"
-    if op not in CPU_OPERATORS:
-        return f"no C++ version of {op} in this version"
-    if _problem is None and op not in _served:
-        return f"the C++ library {LIBRARY.name} is of a version without {op}: install palp_fast again"
-    return _problem
+    if device.type != name:
+        return f"the {TITLES[name]} library serves {name} tensors, not {device.type}"
+    if op not in COMPILED[name]:
+        return f"no {TITLES[name]} version of {op} in this version"
+    if _problems[name] is None and op not in _served[name]:
+        return f"the {TITLES[name]} library {LIBRARIES[name].name} is of a version without {op}: install palp_fast again"
+    return _problems[name]
 
 
 def report(devices: tuple[str, ...] = ("cpu", "cuda")) -> list[Row]:
@@ -85,8 +97,8 @@ def report(devices: tuple[str, ...] = ("cpu", "cuda")) -> list[Row]:
     for name in devices:
         device = torch.device(name)
         for op in OPERATORS:
-            reason = obstacle(op, device, "cpu")
-            rows.append(Row(op, name, select(op, device), reason or f"loaded {LIBRARY.name}"))
+            reason = obstacle(op, device, name)
+            rows.append(Row(op, name, select(op, device), reason or f"loaded {LIBRARIES[name].name}"))
     return rows
 
 

@@ -17,6 +17,8 @@ from palp_fast.reference import philox as _philox
 
 __all__ = ["add_noise", "lora_linear", "renoise", "score_combination", "score_residual"]
 
+_MOST_TERMS = 8  # kMostTerms of csrc/include/palp_fast/score_combination.h
+
 
 def _operator(name: str, device: torch.device, requested: str):
     packet = getattr(torch.ops.palp_fast, name)
@@ -44,8 +46,8 @@ def score_combination(
     so that the gradient to pred is sample_weight (2 mask (pred - target) - residual_weight residual_scale r) / numel
     (Arar et al., arXiv 2401.06105, eq. 6 and 7, rescaled). Nothing else receives a gradient.
 
-    pred, target, each of `predictions`: [B, C, H, W]. coefficients: [K, B] on the same device. residual_scale,
-    sample_weight: [B] or None (= 1). mask: [B, 1, H, W], floating or bool, or None (= 1).
+    pred, target, each of `predictions` (at most 8): [B, C, H, W]. coefficients: [K, B] on the same device.
+    residual_scale, sample_weight: [B] or None (= 1). mask: [B, 1, H, W], floating or bool, or None (= 1).
 
     Returns (loss, stats): loss a scalar, stats [B, 3] without gradient: mean of mask (pred - target)^2, root mean
     square of r, root mean square of 2 mask (pred - target) - residual_weight residual_scale r. Both fp32, or fp64 for
@@ -55,17 +57,27 @@ def score_combination(
     _checks.image_like("target", target, pred)
     if not isinstance(predictions, (list, tuple)):
         raise TypeError(f"predictions={type(predictions).__name__}: allowed is a list of [B, C, H, W] tensors")
+    if len(predictions) > _MOST_TERMS:
+        raise ValueError(f"predictions has {len(predictions)} tensors: allowed are at most {_MOST_TERMS}")
     for index, prediction in enumerate(predictions):
         _checks.image_like(f"predictions[{index}]", prediction, pred)
     _checks.table("coefficients", coefficients, (len(predictions), pred.shape[0]), pred)
+    ones = [1.0] * len(predictions)
+    weights = (residual_weight, residual_scale, sample_weight, mask)
+    return _combine(pred, target, predictions, ones, coefficients, *weights, backend)
+
+
+def _combine(
+    pred, target, predictions, factors, coefficients, residual_weight, residual_scale, sample_weight, mask, backend
+) -> tuple[Tensor, Tensor]:
+    """The operator, after the checks of the arguments that both of its callers take."""
     _checks.number("residual_weight", residual_weight)
     _checks.per_sample("residual_scale", residual_scale, pred)
     _checks.per_sample("sample_weight", sample_weight, pred)
     mask = _checks.mask("mask", mask, pred)
     op = _operator("score_combination", pred.device, backend)
-    constants = [prediction.detach() for prediction in predictions]
     loss, stats, _ = op(
-        pred, target, constants, coefficients, float(residual_weight), residual_scale, sample_weight, mask
+        pred, target, predictions, factors, coefficients, float(residual_weight), residual_scale, sample_weight, mask
     )
     return loss, stats
 
@@ -95,6 +107,7 @@ def score_residual(
     beta = 1, teacher_cond at alpha = 0, student_cond at beta = 0. Other arguments, results and errors as there.
     """
     _checks.image("pred", pred)
+    _checks.image_like("target", target, pred)
     _checks.number("alpha", alpha)
     _checks.number("beta", beta)
     # Teacher and student side by side: where they agree and alpha = beta, the residual is exactly 0.
@@ -112,22 +125,9 @@ def score_residual(
             raise ValueError(f"{name}=None: a tensor is needed at alpha={alpha}, beta={beta} (its factor is {factor})")
         _checks.image_like(name, prediction, pred)
         predictions.append(prediction)
-        factors.append(factor)
-    dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
-    coefficients = torch.empty((len(factors), pred.shape[0]), dtype=dtype, device=pred.device)
-    for row, factor in enumerate(factors):
-        coefficients[row].fill_(factor)
-    return score_combination(
-        pred,
-        target,
-        predictions,
-        coefficients,
-        residual_weight=residual_weight,
-        residual_scale=residual_scale,
-        sample_weight=sample_weight,
-        mask=mask,
-        backend=backend,
-    )
+        factors.append(float(factor))
+    weights = (residual_weight, residual_scale, sample_weight, mask)
+    return _combine(pred, target, predictions, factors, None, *weights, backend)
 
 
 def renoise(

@@ -30,13 +30,47 @@ def _register(name: str, schema: str, reference: Callable, fake: Callable) -> No
         torch.library.register_fake(f"palp_fast::{qualified}", fake, lib=_library)
 
 
-def _differentiable(name: str, setup_context: Callable, backward: Callable[[object, str], Callable]) -> None:
-    """`backward` is told which overload of the backward operator belongs to the forward one."""
+def _differentiable(
+    name: str, setup_context: Callable, backward: Callable[[object, str], Callable], tracked: tuple[int, ...]
+) -> None:
+    """Gradients for the arguments at the positions `tracked`; `ctx.needs_input_grad[-len(tracked):]` tells which.
+
+    `backward` is told which overload of the backward operator belongs to the forward one, and gives those gradients.
+    """
     for overload in OVERLOADS:
         op = getattr(getattr(torch.ops.palp_fast, name), overload)
         bwd = getattr(getattr(torch.ops.palp_fast, name + "_bwd"), overload)
-        torch.library.register_autograd(op, backward(bwd), setup_context=setup_context, lib=_library)
-        torch.library.register_autograd(bwd, _no_second_derivative(name), lib=_library)
+        _autograd(op, setup_context, backward(bwd), tracked)
+        kinds = [str(argument.type) for argument in bwd._schema.arguments]
+        tensors = [i for i, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]")]
+        _autograd(bwd, lambda ctx, inputs, output: None, _no_second_derivative(name), tuple(tensors))
+
+
+def _autograd(op, setup_context: Callable, backward: Callable, tracked: tuple[int, ...]) -> None:
+    """As torch.library.register_autograd, in a third of its time: no walk over nested arguments, no copies."""
+
+    def run(keyset, args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def forward(ctx, keyset, args, *_):
+        result = run(keyset, args)
+        setup_context(ctx, args, result)
+        return result
+
+    def node_backward(ctx, *grads):
+        return None, None, *backward(ctx, *grads)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(node_backward)}
+    node = type(op._schema.name.replace("::", "_"), (torch.autograd.Function,), members)
+
+    def kernel(keyset, *args):
+        tensors = [args[i] for i in tracked]
+        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+            return node.apply(keyset, args, *tensors)
+        return run(keyset, args)
+
+    _library.impl(op._name.removeprefix("palp_fast::"), kernel, "Autograd", with_keyset=True)
 
 
 def _no_second_derivative(name: str) -> Callable:
@@ -53,7 +87,7 @@ def _empty(like: Tensor, shape, dtype: torch.dtype) -> Tensor:
 # score_combination
 
 
-def _score_fake(pred, target, predictions, coefficients, residual_weight, residual_scale, sample_weight, mask):
+def _score_fake(pred, target, predictions, *_):
     dtype = compute_dtype([pred, target, *predictions])
     return _empty(pred, (), dtype), _empty(pred, (pred.shape[0], 3), dtype), _empty(pred, pred.shape, dtype)
 
@@ -63,20 +97,19 @@ def _score_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(stats, gradient)
     ctx.save_for_backward(gradient)
     ctx.dtype = inputs[0].dtype
-    ctx.terms = len(inputs[2])
 
 
 def _score_backward(bwd: Callable) -> Callable:
     def backward(ctx, d_loss, d_stats, d_gradient):
         (gradient,) = ctx.saved_tensors
-        return bwd(d_loss, gradient, ctx.dtype), None, [None] * ctx.terms, None, None, None, None, None
+        return (bwd(d_loss, gradient, ctx.dtype),)
 
     return backward
 
 
 _register(
     "score_combination",
-    "(Tensor pred, Tensor target, Tensor[] predictions, Tensor coefficients, float residual_weight, "
+    "(Tensor pred, Tensor target, Tensor[] predictions, float[] factors, Tensor? coefficients, float residual_weight, "
     "Tensor? residual_scale, Tensor? sample_weight, Tensor? mask) -> (Tensor, Tensor, Tensor)",
     score_combination_ref,
     _score_fake,
@@ -87,7 +120,7 @@ _register(
     score_combination_bwd_ref,
     lambda grad_output, gradient, dtype: _empty(gradient, gradient.shape, dtype),
 )
-_differentiable("score_combination", _score_setup, _score_backward)
+_differentiable("score_combination", _score_setup, _score_backward, tracked=(0,))
 
 
 # renoise
@@ -107,8 +140,7 @@ def _renoise_setup(ctx, inputs, output):
 def _renoise_backward(bwd: Callable) -> Callable:
     def backward(ctx, grad):
         alpha_bar, alpha_bar_new = ctx.saved_tensors
-        d_x, d_eps, d_noise = bwd(grad, alpha_bar, alpha_bar_new, ctx.copies, *ctx.dtypes)
-        return d_x, d_eps, d_noise, None, None, None, None
+        return bwd(grad, alpha_bar, alpha_bar_new, ctx.copies, *ctx.dtypes)
 
     return backward
 
@@ -132,7 +164,7 @@ _register(
     renoise_bwd_ref,
     _renoise_bwd_fake,
 )
-_differentiable("renoise", _renoise_setup, _renoise_backward)
+_differentiable("renoise", _renoise_setup, _renoise_backward, tracked=(0, 1, 2))
 
 
 # add_noise
@@ -146,7 +178,7 @@ def _add_noise_setup(ctx, inputs, output):
 def _add_noise_backward(bwd: Callable) -> Callable:
     def backward(ctx, d_x_t, d_noise):
         t, alphas_cumprod = ctx.saved_tensors
-        return bwd(d_x_t, t, alphas_cumprod), None, None, None, None, None, None
+        return (bwd(d_x_t, t, alphas_cumprod),)
 
     return backward
 
@@ -164,7 +196,7 @@ _register(
     add_noise_bwd_ref,
     lambda grad, t, alphas_cumprod: _empty(grad, grad.shape, grad.dtype),
 )
-_differentiable("add_noise", _add_noise_setup, _add_noise_backward)
+_differentiable("add_noise", _add_noise_setup, _add_noise_backward, tracked=(0,))
 
 
 # lora_linear
@@ -185,11 +217,11 @@ def _lora_setup(ctx, inputs, output):
 
 def _lora_backward(bwd: Callable) -> Callable:
     def backward(ctx, d_y, d_low):
-        need_x, need_a, need_b = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+        need_x, need_a, need_b = ctx.needs_input_grad[-3:]
         # Read once: under gradient checkpointing a second read of saved_tensors is an error.
         *tensors, gate = ctx.saved_tensors
         d_x, d_a, d_b = bwd(d_y, *tensors, ctx.scale, gate, need_x)
-        return d_x if need_x else None, None, None, d_a if need_a else None, d_b if need_b else None, None, None
+        return d_x if need_x else None, d_a if need_a else None, d_b if need_b else None
 
     return backward
 
@@ -212,8 +244,8 @@ _register(
     lora_linear_bwd_ref,
     _lora_bwd_fake,
 )
-_differentiable("lora_linear", _lora_setup, _lora_backward)
+_differentiable("lora_linear", _lora_setup, _lora_backward, tracked=(0, 3, 4))
 
 from palp_fast import flops  # noqa: E402, F401  (its formulas need the operators above)
 
-backend.load_library()
+backend.load_libraries()

@@ -9,11 +9,20 @@ from torch import Tensor
 from palp_fast import backend, ops  # noqa: F401  (ops loads the library)
 
 _compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-_reasons = (backend.obstacle(op, torch.device("cpu"), "cpu") for op in backend.CPU_OPERATORS)
+_reasons = (backend.obstacle(op, torch.device("cpu"), "cpu") for op in backend.COMPILED["cpu"])
 _obstacle = next(filter(None, _reasons), None)
 # Where a compiler is found, these tests run all the same and fail with the reason: there the library must serve.
 NEEDS_LIBRARY = pytest.mark.skipif(_obstacle is not None and _compiler is None, reason=f"no C++ compiler: {_obstacle}")
 BACKENDS = ["reference", pytest.param("cpu", marks=NEEDS_LIBRARY)]
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)]
+
+
+def library_on(device: str) -> str:
+    """The backend whose compiled library serves a device; the test is skipped where it cannot be built."""
+    if device == "cpu" and _obstacle is not None and _compiler is None:
+        pytest.skip(f"no C++ compiler: {_obstacle}")
+    return device
 
 
 def relative(actual: Tensor, truth: Tensor) -> float:

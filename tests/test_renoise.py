@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from close import BACKENDS, NEEDS_LIBRARY, assert_as_good, assert_close
+from close import BACKENDS, DEVICES, assert_as_good, assert_close, library_on
 
 from palp_fast import functional as PF
 
 SHAPE = (3, 4, 16, 17)  # 1088 elements an image: one tile of the C++ kernel and a rest
+TILE = 1024
 ALPHA_BAR = torch.tensor([0.999, 0.3, 0.0047])
 ALPHA_BAR_NEW = torch.tensor([0.9, 0.35, 0.01])
 
@@ -28,8 +29,9 @@ def formula(x_t, eps, noise, new_noise=None, new=None, copies=1, dtype=torch.flo
 
 
 def run(x_t, eps, noise, new_noise=None, new=None, copies=1, backend="auto", dtype=None):
+    new = None if new is None else new.to(x_t.device)
     options = {"alpha_bar_new": new, "noise_new": new_noise, "copies": copies, "dtype": dtype}
-    return PF.renoise(x_t, eps, noise, ALPHA_BAR, backend=backend, **options)
+    return PF.renoise(x_t, eps, noise, ALPHA_BAR.to(x_t.device), backend=backend, **options)
 
 
 VARIANTS = [{}, {"new": ALPHA_BAR_NEW}, {"copies": 3}, {"copies": 2, "new": ALPHA_BAR_NEW}]
@@ -49,13 +51,13 @@ def test_against_the_formula(backend, variant, new_noise, dtype):
     assert_as_good(made, peer.to(dtype), truth, 1e-14 if dtype == torch.float64 else 1e-6)
 
 
-@NEEDS_LIBRARY
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("variant", VARIANTS, ids=IDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_compiled_library_equals_the_reference(variant, dtype):
+def test_compiled_library_equals_the_reference(device, variant, dtype):
     results = []
-    for backend in ("cpu", "reference"):
-        leaves = [value.requires_grad_() for value in images(dtype)[:3]]
+    for where, backend in ((device, library_on(device)), ("cpu", "reference")):
+        leaves = [value.to(where).requires_grad_() for value in images(dtype)[:3]]
         made = run(*leaves, **variant, backend=backend)
         results.append([made, *torch.autograd.grad(made.square().sum(), leaves)])
     for mine, its in zip(*results):
@@ -98,6 +100,26 @@ def test_strides_do_not_matter(backend):
     whole[::2, 1:, :, 3:] = values[0]
     layouts = [whole[::2, 1:, :, 3:], values[1].to(memory_format=torch.channels_last), values[2].mT.contiguous().mT]
     assert_close(run(*layouts, new=ALPHA_BAR_NEW, backend=backend), expected, 1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("variant", VARIANTS, ids=IDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sizes_around_a_tile_in_memory_full_of_nan(device, variant, dtype):
+    """One element less and more than a tile, forward and backward; what lies around an image is never read."""
+    library = library_on(device)
+    for size in (1, 15, 16, 17, TILE - 1, TILE, TILE + 1):
+        values = images(dtype, (3, 1, 1, size))[:3]
+        around = torch.full((3, 3, 3, 1, size + 6), float("nan"), dtype=dtype, device=device)
+        around[:, :, 1:2, :, 3:-3] = torch.stack(values).to(device)
+        results = []
+        for whole, backend in ((around[:, :, 1:2, :, 3:-3], library), (torch.stack(values), "reference")):
+            leaves = [value.requires_grad_() for value in whole.unbind(0)]
+            made = run(*leaves, **variant, backend=backend)
+            upstream = torch.linspace(-1, 1, made.numel(), device=made.device).view_as(made).to(dtype)
+            results.append([made, *torch.autograd.grad(made, leaves, upstream)])
+        for mine, its in zip(*results):
+            assert_close(mine, its, 2e-6, f"{size} elements")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from close import BACKENDS, NEEDS_LIBRARY, assert_as_good, assert_close
+from close import BACKENDS, DEVICES, NEEDS_LIBRARY, assert_as_good, assert_close, library_on
 
 from palp_fast import functional as PF
 
-# 4 x 16 x 17 = 1088 elements: one tile of the C++ kernel and a rest.
+# 4 x 16 x 17 = 1088 elements: one tile of the kernels (C++, CUDA) and a rest.
 SHAPE = (3, 4, 16, 17)
+TILE, RUN, LANES = 1024, 256, 16  # elements of the C++ kernel's loops, from outermost to innermost
+MOST_TERMS = 8
 NAMES = ("pred", "target", "teacher_cond", "teacher_uncond", "student_cond", "student_uncond")
 
 
@@ -71,11 +73,14 @@ def test_against_the_formula(backend, options, dtype):
     assert_as_good(made[2], peer[2].to(dtype), truth[2], floor, "gradient")
 
 
-@NEEDS_LIBRARY
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("options", OPTIONS, ids=IDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_compiled_library_equals_the_reference(options, dtype):
-    for mine, its in zip(run(images(dtype), "cpu", **options), run(images(dtype), "reference", **options)):
+def test_compiled_library_equals_the_reference(device, options, dtype):
+    library = library_on(device)
+    there = {name: value.to(device) if torch.is_tensor(value) else value for name, value in options.items()}
+    made = run([value.to(device) for value in images(dtype)], library, **there)
+    for mine, its in zip(made, run(images(dtype), "reference", **options)):
         assert_close(mine, its, 2e-6 if dtype == torch.float32 else 1e-14)
 
 
@@ -117,23 +122,41 @@ def test_unused_predictions_may_be_missing(backend):
     run([*values[:2], None, values[3], None, values[5]], backend, alpha=0.0, beta=0.0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_combination_of_any_number_of_terms(backend):
-    values = images()
-    for count in range(5):
-        factors = torch.randn(count, 3, generator=torch.Generator().manual_seed(count))
-        residual = sum((f.view(-1, 1, 1, 1) * v for f, v in zip(factors, values[2:])), torch.zeros(SHAPE))
-        _, stats = PF.score_combination(values[0], values[1], values[2 : 2 + count], factors, backend=backend)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("count", range(MOST_TERMS + 1))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_combination_of_any_number_of_terms(device, count, dtype):
+    library = library_on(device)
+    draw = torch.Generator().manual_seed(count)
+    terms = [value.to(dtype) for value in torch.randn(count, *SHAPE, generator=draw)]
+    # A column of a wider table: its rows are not contiguous.
+    coefficients = torch.randn(3, count + 1, generator=draw).t()[:count]
+    pred, target, *_ = images()
+    residual = sum((c.view(-1, 1, 1, 1) * v.double() for c, v in zip(coefficients, terms)), torch.zeros(SHAPE))
+    pred.requires_grad_()
+    for backend in (library, "reference"):
+        arguments = [[value.to(device) for value in terms], coefficients.to(device)]
+        loss, stats = PF.score_combination(pred.to(device), target.to(device), *arguments, backend=backend)
+        (grad,) = torch.autograd.grad(loss, pred)
         assert_close(stats[:, 1], residual.square().mean((1, 2, 3)).sqrt(), 1e-6)
+        # fp32 arithmetic: at most 8 products and sums, 6e-8 each.
+        assert_close(grad, (2 * (pred - target) - residual) / pred.numel(), 1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 1, 1, 1023), (2, 1, 32, 32), (1, 5, 5, 41), (2, 3, 7, 3)])
-def test_sizes_around_a_tile(backend, shape):
-    values = images(shape=shape)
-    # The loss is a small difference of large terms here.
-    for mine, true, tolerance in zip(run(values, backend), formula(values, 15.0, 7.5), (5e-5, 5e-6, 5e-6)):
-        assert_close(mine, true, tolerance)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sizes_around_the_loops_in_memory_full_of_nan(device, dtype):
+    """One element less and more than each loop of the kernels takes; what lies around an image is never read."""
+    library = library_on(device)
+    for size in (1, *(whole + more for whole in (LANES, RUN, TILE, 2 * TILE) for more in (-1, 0, 1))):
+        values = images(dtype, (2, 1, 1, size))
+        around = torch.full((6, 2, 3, 1, size + 6), float("nan"), dtype=dtype, device=device)
+        around[:, :, 1:2, :, 3:-3] = torch.stack(values).to(device)
+        made = run(list(around[:, :, 1:2, :, 3:-3]), library)
+        # The loss is a small difference of large terms here. The gradient is rounded once, to 8 bits or 11.
+        rounding = {torch.float32: 5e-6, torch.bfloat16: 3e-3, torch.float16: 6e-4}[dtype]
+        for mine, true, tolerance in zip(made, formula(values, 15.0, 7.5), (5e-5, 5e-6, rounding)):
+            assert_close(mine, true, tolerance, f"{size} elements")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -163,6 +186,19 @@ def test_mixed_dtypes(backend):
         assert_close(mine, true, 4e-3 if mine.dtype == torch.bfloat16 else 5e-6)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slices_of_one_batched_prediction(device, memory_format, dtype):
+    """Views of what a UNet predicts for several prompts at once, every dtype and layout it may return."""
+    library = library_on(device)
+    values = images(dtype)
+    batch = torch.cat(values).to(device).contiguous(memory_format=memory_format)
+    made = run(list(batch.unflatten(0, (6, SHAPE[0])).unbind(0)), library)
+    for mine, its in zip(made, run(values, "reference")):
+        assert_close(mine, its, 2e-6)
+
+
 def test_bool_mask_and_expanded_prediction():
     values = images()
     mask = weights()["mask"] > 0.5
@@ -185,6 +221,12 @@ def test_thread_count_does_not_matter():
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(mine, its) for mine, its in zip(other, results[0]))
+
+
+def test_a_loss_without_gradient_to_pred_has_none():
+    pred, *others = images()
+    loss, _ = PF.score_residual(pred, *(value.requires_grad_() for value in others), alpha=3.0, beta=2.0)
+    assert not loss.requires_grad
 
 
 def test_nothing_but_pred_gets_a_gradient():
@@ -216,8 +258,9 @@ def test_opcheck(overload):
     values, options = images(shape=(2, 3, 4, 5)), weights((2, 3, 4, 5))
     op = getattr(torch.ops.palp_fast.score_combination, overload)
     vectors = (options["residual_scale"], options["sample_weight"], options["mask"])
-    torch.library.opcheck(op, (values[0].requires_grad_(), values[1], values[2:], torch.rand(4, 2), 0.5, *vectors))
-    torch.library.opcheck(op, (values[0], values[1], values[2:3], torch.rand(1, 2), 1.0, None, None, None))
+    pred, target, *predictions = (value.requires_grad_() for value in values)
+    torch.library.opcheck(op, (pred, target, predictions, [1.0, -2.0, 0.5, 3.0], torch.rand(4, 2), 0.5, *vectors))
+    torch.library.opcheck(op, (pred.detach(), target, predictions[:1], [2.0], None, 1.0, None, None, None))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -262,7 +305,25 @@ def test_bad_arguments_of_the_combination_are_named():
     pred, target, *predictions = images()
     with pytest.raises(ValueError, match=r"coefficients has shape \[3, 4\]: allowed is \[4, 3\]"):
         PF.score_combination(pred, target, predictions, torch.ones(3, 4))
+    with pytest.raises(ValueError, match="predictions has 9 tensors: allowed are at most 8"):
+        PF.score_combination(pred, target, [pred] * 9, torch.ones(9, 3))
     with pytest.raises(TypeError, match="predictions"):
         PF.score_combination(pred, target, predictions[0], torch.ones(1, 3))
     with pytest.raises(RuntimeError, match="no triton operators"):
         PF.score_combination(pred, target, predictions, torch.ones(4, 3), backend="triton")
+
+
+@NEEDS_LIBRARY
+def test_bad_arguments_of_the_operator_itself_are_named():
+    """What functional checks, checked again where memory is read."""
+    x, factors = torch.ones(SHAPE), [1.0] * 9
+    for predictions, weights, coefficients, message in (
+        ([x] * 9, factors, None, "predictions has 9 tensors: allowed are at most 8"),
+        ([x] * 2, factors[:3], None, "factors has 3 values: allowed are 2"),
+        ([x], factors[:1], torch.ones(2, 3), r"coefficients: allowed is \[1, 3\]"),
+        ([x[:2]], factors[:1], None, r"predictions has shape \[2, 4, 16, 17\]"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.palp_fast.score_combination(x, x, predictions, weights, coefficients, 1.0, None, None, None)
+    with pytest.raises(RuntimeError, match="grad_output has 3 elements: allowed is a scalar"):
+        torch.ops.palp_fast.score_combination_bwd(torch.ones(3), x, torch.float32)

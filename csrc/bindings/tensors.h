@@ -8,13 +8,20 @@
 #include <optional>
 #include <vector>
 
-#include "palp_fast/convert.h"
 #include "palp_fast/image.h"
 
 namespace palp_fast::bindings {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline bool any_double(std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* tensor : tensors) {
+    if (tensor->scalar_type() == ScalarType::Double) return true;
+  }
+  return false;
+}
 
 inline DType dtype_of(ScalarType type, const char* name) {
   switch (type) {
@@ -32,57 +39,59 @@ inline Shape shape_of(const Tensor& tensor, const char* name) {
   return Shape{sizes[0], sizes[1], sizes[2], sizes[3]};
 }
 
-// `channels` < shape.channels means one channel, read for every channel.
-inline ImageView view_of(const Tensor& tensor, const Shape& shape, const char* name, bool one_channel = false) {
+inline void check_device(const Tensor& tensor, const Tensor& first, const char* name) {
+  STD_TORCH_CHECK(
+      tensor.is_cpu() == first.is_cpu() && tensor.get_device_index() == first.get_device_index(), name,
+      " is not on the device of the first argument");
+}
+
+inline void check_cpu(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, " is not on the cpu");
+}
+
+// On the device of `first`. With `one_channel` the tensor has one, read for every channel.
+inline ImageView view_of(
+    const Tensor& tensor, const Tensor& first, const Shape& shape, const char* name, bool one_channel = false) {
+  check_device(tensor, first, name);
   const Shape own = shape_of(tensor, name);
   const int64_t channels = one_channel ? 1 : shape.channels;
   STD_TORCH_CHECK(
       own.batch == shape.batch && own.channels == channels && own.height == shape.height && own.width == shape.width,
       name, " has shape [", own.batch, ", ", own.channels, ", ", own.height, ", ", own.width, "]: allowed is [",
       shape.batch, ", ", channels, ", ", shape.height, ", ", shape.width, "]");
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " is not on the cpu");
   const auto strides = tensor.strides();
   return ImageView{
       tensor.const_data_ptr(), dtype_of(tensor.scalar_type(), name), strides[0], one_channel ? 0 : strides[1],
       strides[2], strides[3]};
 }
 
+inline VectorView vector_of(const Tensor& tensor, const Tensor& first, int64_t count, const char* name) {
+  check_device(tensor, first, name);
+  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.sizes()[0] == count, name, ": allowed is a vector of ", count);
+  return VectorView{tensor.const_data_ptr(), dtype_of(tensor.scalar_type(), name), tensor.strides()[0]};
+}
+
+inline TableView table_of(
+    const Tensor& tensor, const Tensor& first, int64_t rows, int64_t columns, const char* name) {
+  check_device(tensor, first, name);
+  STD_TORCH_CHECK(
+      tensor.dim() == 2 && tensor.sizes()[0] == rows && tensor.sizes()[1] == columns, name, ": allowed is [", rows,
+      ", ", columns, "]");
+  const auto strides = tensor.strides();
+  return TableView{tensor.const_data_ptr(), dtype_of(tensor.scalar_type(), name), strides[0], strides[1]};
+}
+
 inline ImageOut out_of(const Tensor& tensor) {
   return ImageOut{tensor.mutable_data_ptr(), dtype_of(tensor.scalar_type(), "result")};
 }
 
-template <typename Real, typename Stored>
-void read_vector(const void* data, int64_t count, int64_t stride, Real* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = Real(widen(static_cast<const Stored*>(data)[i * stride]));
-}
-
-// `count` values of a row, as Real.
-template <typename Real>
-void read_row(const Tensor& tensor, int64_t offset, int64_t count, int64_t stride, Real* out, const char* name) {
-  const DType dtype = dtype_of(tensor.scalar_type(), name);
-  const char* data = static_cast<const char*>(tensor.const_data_ptr());
-  switch (dtype) {
-    case DType::float16: return read_vector<Real, Half>(data + 2 * offset, count, stride, out);
-    case DType::bfloat16: return read_vector<Real, BFloat16>(data + 2 * offset, count, stride, out);
-    case DType::float64: return read_vector<Real, double>(data + 8 * offset, count, stride, out);
-    default: return read_vector<Real, float>(data + 4 * offset, count, stride, out);
-  }
-}
-
-// [B] values, or `missing` for each where the argument was None.
-template <typename Real>
-std::vector<Real> per_sample(const std::optional<Tensor>& tensor, int64_t batch, Real missing, const char* name) {
-  std::vector<Real> values(batch, missing);
-  if (tensor) {
-    STD_TORCH_CHECK(tensor->dim() == 1 && tensor->sizes()[0] == batch, name, ": allowed is a vector of ", batch);
-    STD_TORCH_CHECK(tensor->is_cpu(), name, " is not on the cpu");
-    read_row(*tensor, 0, batch, tensor->strides()[0], values.data(), name);
-  }
-  return values;
-}
-
 inline Tensor empty_like_of(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, sizes, dtype);
+}
+
+// [copies B, C, H, W], contiguous.
+inline Tensor empty_image(const Tensor& like, const Shape& shape, ScalarType dtype, int64_t copies = 1) {
+  return empty_like_of(like, {copies * shape.batch, shape.channels, shape.height, shape.width}, dtype);
 }
 
 template <typename Real>

@@ -1,5 +1,5 @@
-// The CPU kernels. Results do not depend on the number of threads: work is cut into tiles of fixed size, and sums are
-// added tile by tile in order.
+// The CPU kernels, as one table of functions per instruction set. Results depend neither on the table nor on the number
+// of threads: work is cut into tiles of fixed size, and sums are added in order.
 #pragma once
 
 #include "palp_fast/renoise.h"
@@ -11,19 +11,36 @@ namespace palp_fast::cpu {
 using ParallelBody = void (*)(int64_t first, int64_t last, void* context);
 using ParallelFor = void (*)(int64_t count, int64_t grain, ParallelBody body, void* context);
 
-// gradient: [B, C, H, W] contiguous, before division by numel. sums: [B].
-template <typename Real>
-void score_combination_fwd(const ScoreParams<Real>& params, Real* gradient, ScoreSums* sums, ParallelFor parallel);
+constexpr int64_t kTile = 1024;  // elements of one image that a task works on at a time
 
-// out = factor gradient, rounded once.
-template <typename Real>
-void score_combination_bwd(
-    const Shape& shape, const ImageView& gradient, Real factor, const ImageOut& out, ParallelFor parallel);
+PALP_INLINE int64_t tiles_per_image(const Shape& shape) { return (shape.image() + kTile - 1) / kTile; }
 
 template <typename Real>
-void renoise_fwd(const RenoiseParams<Real>& params, ParallelFor parallel);
+struct ImageKernels {
+  // gradient: [B, C, H, W] contiguous, before division by numel. sums: [B, tiles per image].
+  void (*score_combination_fwd)(const ScoreParams<Real>&, Real* gradient, ScoreSums<double>* sums, ParallelFor);
+  // out = factor gradient, rounded once.
+  void (*score_combination_bwd)(const Shape&, const ImageView& gradient, Real factor, const ImageOut&, ParallelFor);
+  void (*renoise_fwd)(const RenoiseParams&, ParallelFor);
+  void (*renoise_bwd)(const RenoiseBackwardParams&, ParallelFor);
+};
 
-template <typename Real>
-void renoise_bwd(const RenoiseBackwardParams<Real>& params, ParallelFor parallel);
+struct Kernels {
+  const char* level;  // "base", "v3" or "v4"
+  ImageKernels<float> f32;
+  ImageKernels<double> f64;
+
+  template <typename Real>
+  const ImageKernels<Real>& image() const {
+    if constexpr (sizeof(Real) == sizeof(double)) {
+      return f64;
+    } else {
+      return f32;
+    }
+  }
+};
+
+// The table for this processor, chosen once; PALP_FAST_CPU_LEVEL names a lower one.
+const Kernels& kernels();
 
 }  // namespace palp_fast::cpu

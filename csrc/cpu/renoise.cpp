@@ -1,21 +1,21 @@
 #include "tile.h"
 
-namespace palp_fast::cpu {
+namespace palp_fast::cpu::PALP_LEVEL {
 
 template <typename Real>
-void renoise_fwd(const RenoiseParams<Real>& params, ParallelFor parallel) {
+void renoise_fwd(const RenoiseParams& params, ParallelFor parallel) {
   const Shape& shape = params.shape;
   for_each_tile(shape, parallel, [&](Tile tile, int64_t) {
-    Real x_buffer[kTile], eps_buffer[kTile], noise_buffer[kTile], out[kTile];
+    Real x_buffer[kTile], eps_buffer[kTile], noise_buffer[kTile], out_buffer[kTile];
     const Real* x = load(params.x_t, shape, tile, x_buffer);
     const Real* eps = load(params.eps_pred, shape, tile, eps_buffer);
     const Real* noise = load(params.noise, shape, tile, noise_buffer);
-    const Real s_t = params.factors.s_t[tile.sample];
-    if (params.factors.ratio) {
-      const Real ratio = params.factors.ratio[tile.sample], s_u = params.factors.s_u[tile.sample];
-      for (int64_t i = 0; i < tile.count; ++i) out[i] = ratio * (x[i] - s_t * eps[i]) + s_u * noise[i];
+    Real* PALP_RESTRICT out = place(params.out, shape, tile, tile.sample, out_buffer);
+    const RenoiseFactors<Real> factors(params.alpha_bar, params.alpha_bar_new, tile.sample);
+    if (factors.same) {
+      for (int64_t i = 0; i < tile.count; ++i) out[i] = factors.apply_same(x[i], eps[i], noise[i]);
     } else {
-      for (int64_t i = 0; i < tile.count; ++i) out[i] = x[i] + s_t * (noise[i] - eps[i]);
+      for (int64_t i = 0; i < tile.count; ++i) out[i] = factors.apply(x[i], eps[i], noise[i]);
     }
     for (int64_t copy = 0; copy < params.copies; ++copy) {
       store(out, params.out, shape, tile, copy * shape.batch + tile.sample);
@@ -24,30 +24,34 @@ void renoise_fwd(const RenoiseParams<Real>& params, ParallelFor parallel) {
 }
 
 template <typename Real>
-void renoise_bwd(const RenoiseBackwardParams<Real>& params, ParallelFor parallel) {
+void renoise_bwd(const RenoiseBackwardParams& params, ParallelFor parallel) {
   const Shape& shape = params.shape;
   for_each_tile(shape, parallel, [&](Tile tile, int64_t) {
-    Real buffer[kTile], total[kTile], d_x[kTile], scaled[kTile];
-    std::fill(total, total + tile.count, Real(0));
+    Real buffer[kTile], total[kTile], d_x_buffer[kTile], d_eps_buffer[kTile], d_noise_buffer[kTile];
+    for (int64_t i = 0; i < tile.count; ++i) total[i] = 0;
     for (int64_t copy = 0; copy < params.copies; ++copy) {
       const Tile source{copy * shape.batch + tile.sample, tile.first, tile.count};
       const Real* grad = load(params.grad, shape, source, buffer);
       for (int64_t i = 0; i < tile.count; ++i) total[i] += grad[i];
     }
-    const Real ratio = params.factors.ratio ? params.factors.ratio[tile.sample] : Real(1);
-    const Real s_t = params.factors.s_t[tile.sample], s_u = params.factors.s_u[tile.sample];
-    for (int64_t i = 0; i < tile.count; ++i) d_x[i] = ratio * total[i];
+    const RenoiseFactors<Real> factors(params.alpha_bar, params.alpha_bar_new, tile.sample);
+    Real* PALP_RESTRICT d_x = place(params.d_x_t, shape, tile, tile.sample, d_x_buffer);
+    Real* PALP_RESTRICT d_eps = place(params.d_eps_pred, shape, tile, tile.sample, d_eps_buffer);
+    Real* PALP_RESTRICT d_noise = place(params.d_noise, shape, tile, tile.sample, d_noise_buffer);
+    for (int64_t i = 0; i < tile.count; ++i) {
+      d_x[i] = factors.ratio * total[i];
+      d_eps[i] = -factors.s_t * d_x[i];
+      d_noise[i] = factors.s_u * total[i];
+    }
     store(d_x, params.d_x_t, shape, tile, tile.sample);
-    for (int64_t i = 0; i < tile.count; ++i) scaled[i] = -s_t * d_x[i];
-    store(scaled, params.d_eps_pred, shape, tile, tile.sample);
-    for (int64_t i = 0; i < tile.count; ++i) scaled[i] = s_u * total[i];
-    store(scaled, params.d_noise, shape, tile, tile.sample);
+    store(d_eps, params.d_eps_pred, shape, tile, tile.sample);
+    store(d_noise, params.d_noise, shape, tile, tile.sample);
   });
 }
 
-template void renoise_fwd(const RenoiseParams<float>&, ParallelFor);
-template void renoise_fwd(const RenoiseParams<double>&, ParallelFor);
-template void renoise_bwd(const RenoiseBackwardParams<float>&, ParallelFor);
-template void renoise_bwd(const RenoiseBackwardParams<double>&, ParallelFor);
+template void renoise_fwd<float>(const RenoiseParams&, ParallelFor);
+template void renoise_fwd<double>(const RenoiseParams&, ParallelFor);
+template void renoise_bwd<float>(const RenoiseBackwardParams&, ParallelFor);
+template void renoise_bwd<double>(const RenoiseBackwardParams&, ParallelFor);
 
-}  // namespace palp_fast::cpu
+}  // namespace palp_fast::cpu::PALP_LEVEL

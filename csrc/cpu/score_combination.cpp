@@ -1,129 +1,155 @@
-#include <vector>
-
 #include "tile.h"
 
-namespace palp_fast::cpu {
+namespace palp_fast::cpu::PALP_LEVEL {
 namespace {
 
-constexpr int64_t kLanes = 8;   // independent sums, so that the compiler may vectorise without reordering
-constexpr int64_t kRun = 256;   // elements summed in Real before the lanes go into doubles
-
-// What one element adds to the sums, and its gradient.
-template <typename Real>
-struct Element {
-  Real squares, gradient;
-
-  Element(Real pred, Real target, Real mask, Real residual, Real weight) {
-    const Real error = pred - target;
-    squares = mask * (error * error);
-    gradient = mask * (2 * error) - weight * residual;
-  }
-};
+constexpr int64_t kLanes = 16;  // independent sums, so that the compiler may vectorise without reordering
+constexpr int64_t kRun = 256;   // elements worked on at a time: all operands of them stay in the first cache
 
 template <typename Real>
 struct Lanes {
   Real squares[kLanes] = {}, residual[kLanes] = {}, gradient[kLanes] = {}, product[kLanes] = {};
 
-  void flush_into(ScoreSums& sums) const {
+  PALP_INLINE void add(int64_t lane, const ScoreSums<Real>& sums) {
+    squares[lane] += sums.squares;
+    residual[lane] += sums.residual;
+    gradient[lane] += sums.gradient;
+    product[lane] += sums.product;
+  }
+
+  PALP_INLINE ScoreSums<double> total() const {
+    ScoreSums<double> out{};
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      sums.squares += squares[lane];
-      sums.residual += residual[lane];
-      sums.gradient += gradient[lane];
-      sums.product += product[lane];
+      out.add(ScoreSums<Real>{squares[lane], residual[lane], gradient[lane], product[lane]});
     }
+    return out;
   }
 };
 
+// What a tile's elements have in common.
 template <typename Real>
-struct TileValues {
+struct TileFactors {
+  Real coefficients[kMostTerms], pull, weight;
+
+  PALP_INLINE TileFactors(const ScoreParams<Real>& params, int64_t sample) {
+    for (int64_t term = 0; term < params.terms; ++term) coefficients[term] = score_coefficient(params, term, sample);
+    pull = score_pull(params, sample);
+    weight = score_weight(params, sample);
+  }
+};
+
+// residual += sum of coefficients[term] values[term], term by term.
+template <int kTerms, typename Real>
+void add_terms(const Real* const* values, const Real* coefficients, int64_t count, Real* PALP_RESTRICT residual) {
+  for (int64_t i = 0; i < count; ++i) {
+    Real sum = residual[i];
+    for (int term = 0; term < kTerms; ++term) sum += coefficients[term] * values[term][i];
+    residual[i] = sum;
+  }
+}
+
+template <typename Real>
+void combine(const ScoreParams<Real>& params, const Real* coefficients, Tile run, Real* residual) {
+  constexpr int64_t kAtOnce = 4;
+  Real buffers[kAtOnce][kRun];
+  const Real* values[kAtOnce];
+  for (int64_t i = 0; i < run.count; ++i) residual[i] = 0;
+  for (int64_t first = 0; first < params.terms; first += kAtOnce) {
+    const int64_t terms = least(kAtOnce, params.terms - first);
+    for (int64_t term = 0; term < terms; ++term) {
+      values[term] = load(params.predictions[first + term], params.shape, run, buffers[term]);
+    }
+    switch (terms) {
+      case 1: add_terms<1>(values, coefficients + first, run.count, residual); break;
+      case 2: add_terms<2>(values, coefficients + first, run.count, residual); break;
+      case 3: add_terms<3>(values, coefficients + first, run.count, residual); break;
+      default: add_terms<4>(values, coefficients + first, run.count, residual);
+    }
+  }
+}
+
+template <typename Real>
+struct RunValues {
   const Real *pred, *target, *mask, *residual;
-  Real weight, sample_weight;
 };
 
-// One element in one lane.
+// Whole groups of lanes only: local arrays that constants alone index stay in registers. Returns where it ends.
 template <typename Real>
-inline void add_element(const TileValues<Real>& in, int64_t i, int64_t lane, Lanes<Real>& lanes, Real* gradient) {
-  const Real pred = in.pred[i], residual = in.residual[i];
-  const Element<Real> element(pred, in.target[i], in.mask[i], residual, in.weight);
-  lanes.squares[lane] += element.squares;
-  lanes.residual[lane] += residual * residual;
-  lanes.gradient[lane] += element.gradient * element.gradient;
-  lanes.product[lane] += residual * pred;
-  gradient[i] = in.sample_weight * element.gradient;
-}
-
-template <typename Real>
-ScoreSums finish_tile(const TileValues<Real>& in, int64_t count, Real* gradient) {
-  ScoreSums sums;
-  for (int64_t start = 0; start < count; start += kRun) {
-    const int64_t stop = std::min(start + kRun, count);
-    Lanes<Real> lanes;
-    int64_t i = start;
-    for (; i + kLanes <= stop; i += kLanes) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) add_element(in, i + lane, lane, lanes, gradient);
+int64_t finish_groups(
+    RunValues<Real> in, Real pull, Real weight, int64_t count, Lanes<Real>& sums, Real* PALP_RESTRICT gradient) {
+  Real squares[kLanes] = {}, residual[kLanes] = {}, gradients[kLanes] = {}, product[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const int64_t at = i + lane;
+      const ScoreElement<Real> element(in.pred[at], in.target[at], in.mask[at], in.residual[at], pull);
+      squares[lane] += element.sums.squares;
+      residual[lane] += element.sums.residual;
+      gradients[lane] += element.sums.gradient;
+      product[lane] += element.sums.product;
+      gradient[at] = weight * element.gradient;
     }
-    for (int64_t lane = 0; i < stop; ++i, ++lane) add_element(in, i, lane, lanes, gradient);
-    lanes.flush_into(sums);
   }
-  return sums;
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    sums.add(lane, {squares[lane], residual[lane], gradients[lane], product[lane]});
+  }
+  return i;
 }
 
 template <typename Real>
-ScoreSums score_tile(const ScoreParams<Real>& params, Tile tile, Real* gradient) {
-  Real residual[kTile], pred[kTile], target[kTile], other[kTile];
-  std::fill(residual, residual + tile.count, Real(0));
-  for (int64_t term = 0; term < params.terms; ++term) {
-    const Real* values = load(params.predictions[term], params.shape, tile, other);
-    const Real factor = params.coefficients[term * params.shape.batch + tile.sample];
-    for (int64_t i = 0; i < tile.count; ++i) residual[i] += factor * values[i];
+void finish_run(
+    const RunValues<Real>& in, const TileFactors<Real>& factors, int64_t count, Lanes<Real>& sums, Real* gradient) {
+  int64_t i = finish_groups(in, factors.pull, factors.weight, count, sums, gradient);
+  for (int64_t lane = 0; i < count; ++i, ++lane) {
+    const ScoreElement<Real> element(in.pred[i], in.target[i], in.mask[i], in.residual[i], factors.pull);
+    sums.add(lane, element.sums);
+    gradient[i] = factors.weight * element.gradient;
   }
-  TileValues<Real> in;
-  in.pred = load(params.pred, params.shape, tile, pred);
-  in.target = load(params.target, params.shape, tile, target);
-  in.mask = other;
-  if (params.mask) {
-    in.mask = load(*params.mask, params.shape, tile, other);
-  } else {
-    std::fill(other, other + tile.count, Real(1));
+}
+
+template <typename Real>
+ScoreSums<double> score_tile(const ScoreParams<Real>& params, Tile tile, Real* gradient) {
+  Real residual[kRun], pred[kRun], target[kRun], mask[kRun];
+  const TileFactors<Real> factors(params, tile.sample);
+  Lanes<Real> lanes;
+  RunValues<Real> in{nullptr, nullptr, mask, residual};
+  for (int64_t i = 0; i < kRun; ++i) mask[i] = 1;
+  for (int64_t start = 0; start < tile.count; start += kRun) {
+    const Tile run{tile.sample, tile.first + start, least(kRun, tile.count - start)};
+    combine(params, factors.coefficients, run, residual);
+    in.pred = load(params.pred, params.shape, run, pred);
+    in.target = load(params.target, params.shape, run, target);
+    if (params.mask.data) in.mask = load(params.mask, params.shape, run, mask);
+    finish_run(in, factors, run.count, lanes, gradient + start);
   }
-  in.residual = residual;
-  in.weight = params.residual_weight[tile.sample];
-  in.sample_weight = params.sample_weight[tile.sample];
-  return finish_tile(in, tile.count, gradient + tile.sample * params.shape.image() + tile.first);
+  return lanes.total();
 }
 
 }  // namespace
 
 template <typename Real>
-void score_combination_fwd(const ScoreParams<Real>& params, Real* gradient, ScoreSums* sums, ParallelFor parallel) {
-  const int64_t tiles = tiles_per_image(params.shape);
-  std::vector<ScoreSums> partial(params.shape.batch * tiles);
+void score_combination_fwd(
+    const ScoreParams<Real>& params, Real* gradient, ScoreSums<double>* sums, ParallelFor parallel) {
   for_each_tile(params.shape, parallel, [&](Tile tile, int64_t index) {
-    partial[index] = score_tile(params, tile, gradient);
+    sums[index] = score_tile(params, tile, gradient + tile.sample * params.shape.image() + tile.first);
   });
-  for (int64_t index = 0; index < int64_t(partial.size()); ++index) {
-    ScoreSums& sum = sums[index / tiles];
-    sum.squares += partial[index].squares;
-    sum.residual += partial[index].residual;
-    sum.gradient += partial[index].gradient;
-    sum.product += partial[index].product;
-  }
 }
 
 template <typename Real>
 void score_combination_bwd(
     const Shape& shape, const ImageView& gradient, Real factor, const ImageOut& out, ParallelFor parallel) {
   for_each_tile(shape, parallel, [&](Tile tile, int64_t) {
-    Real buffer[kTile], scaled[kTile];
+    Real buffer[kTile], scaled_buffer[kTile];
     const Real* values = load(gradient, shape, tile, buffer);
+    Real* PALP_RESTRICT scaled = place(out, shape, tile, tile.sample, scaled_buffer);
     for (int64_t i = 0; i < tile.count; ++i) scaled[i] = factor * values[i];
     store(scaled, out, shape, tile, tile.sample);
   });
 }
 
-template void score_combination_fwd(const ScoreParams<float>&, float*, ScoreSums*, ParallelFor);
-template void score_combination_fwd(const ScoreParams<double>&, double*, ScoreSums*, ParallelFor);
+template void score_combination_fwd(const ScoreParams<float>&, float*, ScoreSums<double>*, ParallelFor);
+template void score_combination_fwd(const ScoreParams<double>&, double*, ScoreSums<double>*, ParallelFor);
 template void score_combination_bwd(const Shape&, const ImageView&, float, const ImageOut&, ParallelFor);
 template void score_combination_bwd(const Shape&, const ImageView&, double, const ImageOut&, ParallelFor);
 
-}  // namespace palp_fast::cpu
+}  // namespace palp_fast::cpu::PALP_LEVEL

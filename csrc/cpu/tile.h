@@ -1,22 +1,23 @@
 // Tiles: runs of consecutive elements of one image (row-major in [C, H, W]), small enough to stay in the first cache.
 #pragma once
 
-#include <algorithm>
-#include <type_traits>
-
 #include "kernels.h"
 #include "palp_fast/convert.h"
 
-namespace palp_fast::cpu {
+namespace palp_fast::cpu::PALP_LEVEL {
 
-constexpr int64_t kTile = 1024;
 constexpr int64_t kTilesPerTask = 8;
 
 struct Tile {
   int64_t sample, first, count;  // elements first .. first + count - 1 of the image of `sample`
 };
 
-inline int64_t tiles_per_image(const Shape& shape) { return (shape.image() + kTile - 1) / kTile; }
+PALP_INLINE int64_t least(int64_t left, int64_t right) { return left < right ? left : right; }
+
+template <typename Left, typename Right>
+constexpr bool same_type = false;
+template <typename Type>
+constexpr bool same_type<Type, Type> = true;
 
 // Runs body(tile, index) for every tile; indices count row-major in [B, tiles per image].
 template <typename Body>
@@ -34,7 +35,7 @@ void for_each_tile(const Shape& shape, ParallelFor parallel, const Body& body) {
         const Context& c = *static_cast<const Context*>(raw);
         for (int64_t index = begin; index < end; ++index) {
           const int64_t first = (index % c.tiles) * kTile;
-          c.body(Tile{index / c.tiles, first, std::min(kTile, c.shape.image() - first)}, index);
+          c.body(Tile{index / c.tiles, first, least(kTile, c.shape.image() - first)}, index);
         }
       },
       &context);
@@ -54,7 +55,7 @@ void load_strided(const Stored* image, const ImageView& view, const Shape& shape
   for (int64_t done = 0; done < tile.count;) {
     const Stored* source =
         image + channel * view.channel_stride + row * view.row_stride + column * view.column_stride;
-    const int64_t run = std::min(tile.count - done, shape.width - column);
+    const int64_t run = least(tile.count - done, shape.width - column);
     for (int64_t i = 0; i < run; ++i) buffer[done + i] = Real(widen(source[i * view.column_stride]));
     done += run;
     column = 0;
@@ -69,7 +70,7 @@ const Real* load_typed(const ImageView& view, const Shape& shape, Tile tile, Rea
   const Stored* image = static_cast<const Stored*>(view.data) + tile.sample * view.batch_stride;
   if (!view.image_is_contiguous(shape)) {
     load_strided(image, view, shape, tile, buffer);
-  } else if constexpr (std::is_same_v<Stored, Real>) {
+  } else if constexpr (same_type<Stored, Real>) {
     return image + tile.first;
   } else {
     load_contiguous(image + tile.first, tile.count, buffer);
@@ -88,9 +89,19 @@ const Real* load(const ImageView& view, const Shape& shape, Tile tile, Real* buf
   }
 }
 
+// Where to put the tile's results before `store`: in place where the tensor holds Real, else in the buffer.
+template <typename Real>
+Real* place(const ImageOut& out, const Shape& shape, Tile tile, int64_t sample, Real* buffer) {
+  const DType real = same_type<Real, double> ? DType::float64 : DType::float32;
+  return out.dtype == real ? static_cast<Real*>(out.data) + sample * shape.image() + tile.first : buffer;
+}
+
 template <typename Stored, typename Real>
 void store_typed(const Real* values, int64_t count, void* data, int64_t offset) {
   Stored* out = static_cast<Stored*>(data) + offset;
+  if constexpr (same_type<Stored, Real>) {
+    if (values == out) return;
+  }
   for (int64_t i = 0; i < count; ++i) round_to(values[i], out[i]);
 }
 
@@ -106,4 +117,4 @@ void store(const Real* values, const ImageOut& out, const Shape& shape, Tile til
   }
 }
 
-}  // namespace palp_fast::cpu
+}  // namespace palp_fast::cpu::PALP_LEVEL

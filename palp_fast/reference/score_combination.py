@@ -1,10 +1,10 @@
 """score_combination: reconstruction loss and alignment residual in one scalar (PALP.md steps 1, 3 and 4).
 
-    r    = sum_k coefficients[k, b] predictions[k]                                    (constant)
+    r    = sum_k factors[k] coefficients[k, b] predictions[k]                         (constant)
     loss = sum_b w_b sum(mask (pred - target)^2 - lambda c_b r pred) / numel
     d loss / d pred = w_b (2 mask (pred - target) - lambda c_b r) / numel
 
-with w = sample_weight, c = residual_scale, lambda = residual_weight.
+with w = sample_weight, c = residual_scale, lambda = residual_weight; what is None is 1 everywhere.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ def score_combination_ref(
     pred: Tensor,
     target: Tensor,
     predictions: list[Tensor],
-    coefficients: Tensor,
+    factors: list[float],
+    coefficients: Tensor | None,
     residual_weight: float,
     residual_scale: Tensor | None,
     sample_weight: Tensor | None,
@@ -29,7 +30,7 @@ def score_combination_ref(
     dtype = compute_dtype([pred, target, *predictions])
     batch = pred.shape[0]
     p = pred.to(dtype)
-    residual = _combine(predictions, coefficients, p)
+    residual = _combine(predictions, factors, coefficients, p)
     error = p - target.to(dtype)
     pull = 2 * error
     squares = error * error
@@ -49,11 +50,12 @@ def score_combination_ref(
     return per_image.sum() / max(p.numel(), 1), stats, gradient.contiguous()
 
 
-def _combine(predictions: list[Tensor], coefficients: Tensor, like: Tensor) -> Tensor:
+def _combine(predictions: list[Tensor], factors: list[float], coefficients: Tensor | None, like: Tensor) -> Tensor:
     """r, summed in the order given: equal terms of opposite sign that are neighbours cancel exactly."""
     residual = torch.zeros_like(like)
-    for factor, prediction in zip(coefficients, predictions):
-        residual = residual + per_sample(factor, like) * prediction.to(like.dtype)
+    for term, (factor, prediction) in enumerate(zip(factors, predictions, strict=True)):
+        scale = factor if coefficients is None else factor * per_sample(coefficients[term], like)
+        residual = residual + scale * prediction.to(like.dtype)
     return residual
 
 

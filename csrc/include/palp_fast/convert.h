@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "palp_fast/portable.h"
+
 namespace palp_fast {
 
 // Storage types: the bits alone.
@@ -15,23 +17,23 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-inline uint32_t float_bits(float value) {
+PALP_INLINE uint32_t float_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-inline float bits_float(uint32_t bits) {
+PALP_INLINE float bits_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-inline float widen(float value) { return value; }
-inline double widen(double value) { return value; }
-inline float widen(BFloat16 value) { return bits_float(uint32_t(value.bits) << 16); }
+PALP_INLINE float widen(float value) { return value; }
+PALP_INLINE double widen(double value) { return value; }
+PALP_INLINE float widen(BFloat16 value) { return bits_float(uint32_t(value.bits) << 16); }
 
-inline float widen(Half value) {
+PALP_INLINE float widen(Half value) {
   const uint32_t magnitude = value.bits & 0x7fffu;
   const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16;
   // 2^112 moves the exponent from bias 15 to bias 127, subnormal numbers included.
@@ -40,16 +42,16 @@ inline float widen(Half value) {
   return bits_float(finite | special | sign);
 }
 
-inline void round_to(double value, double& out) { out = value; }
-inline void round_to(double value, float& out) { out = float(value); }
+PALP_INLINE void round_to(double value, double& out) { out = value; }
+PALP_INLINE void round_to(double value, float& out) { out = float(value); }
 
-inline void round_to(float value, BFloat16& out) {
+PALP_INLINE void round_to(float value, BFloat16& out) {
   const uint32_t bits = float_bits(value);
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
   out.bits = uint16_t(nan ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-inline void round_to(float value, Half& out) {
+PALP_INLINE void round_to(float value, Half& out) {
   const uint32_t bits = float_bits(value), magnitude = bits & 0x7fffffffu;
   // One unit in the last place of 0.5f is the spacing of subnormal halves.
   const uint32_t subnormal = float_bits(bits_float(magnitude) + 0.5f) - float_bits(0.5f);
@@ -61,9 +63,9 @@ inline void round_to(float value, Half& out) {
 }
 
 // As PyTorch: fp64 goes to 16 bits by way of fp32.
-inline void round_to(double value, BFloat16& out) { round_to(float(value), out); }
-inline void round_to(double value, Half& out) { round_to(float(value), out); }
-inline void round_to(float value, float& out) { out = value; }
-inline void round_to(float value, double& out) { out = double(value); }
+PALP_INLINE void round_to(double value, BFloat16& out) { round_to(float(value), out); }
+PALP_INLINE void round_to(double value, Half& out) { round_to(float(value), out); }
+PALP_INLINE void round_to(float value, float& out) { out = value; }
+PALP_INLINE void round_to(float value, double& out) { out = double(value); }
 
 }  // namespace palp_fast

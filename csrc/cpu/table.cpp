@@ -1,0 +1,25 @@
+// The table of one instruction set: this file and every kernel are compiled once for each.
+#include "kernels.h"
+
+namespace palp_fast::cpu::PALP_LEVEL {
+
+template <typename Real>
+void score_combination_fwd(const ScoreParams<Real>&, Real*, ScoreSums<double>*, ParallelFor);
+template <typename Real>
+void score_combination_bwd(const Shape&, const ImageView&, Real, const ImageOut&, ParallelFor);
+template <typename Real>
+void renoise_fwd(const RenoiseParams&, ParallelFor);
+template <typename Real>
+void renoise_bwd(const RenoiseBackwardParams&, ParallelFor);
+
+#define PALP_TEXT(name) PALP_QUOTE(name)
+#define PALP_QUOTE(name) #name
+
+template <typename Real>
+constexpr ImageKernels<Real> image_kernels{
+    score_combination_fwd<Real>, score_combination_bwd<Real>, renoise_fwd<Real>, renoise_bwd<Real>};
+
+extern const Kernels table;
+const Kernels table{PALP_TEXT(PALP_LEVEL), image_kernels<float>, image_kernels<double>};
+
+}  // namespace palp_fast::cpu::PALP_LEVEL

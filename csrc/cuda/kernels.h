@@ -1,0 +1,36 @@
+// Launchers of the CUDA kernels: asynchronous on the stream, on the current device; the error of the launch is returned.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "palp_fast/renoise.h"
+#include "palp_fast/score_combination.h"
+
+namespace palp_fast::cuda {
+
+template <typename Real>
+cudaError_t renoise_fwd(RenoiseParams params, cudaStream_t stream);
+
+template <typename Real>
+cudaError_t renoise_bwd(RenoiseBackwardParams params, cudaStream_t stream);
+
+constexpr int kSumsPerTile = 4;
+
+// Parts that an image is cut into, each summed by one block.
+int64_t score_tiles(const Shape& shape);
+
+template <typename Real>
+struct ScoreOut {
+  Real *loss, *stats, *gradient;  // [], [B, 3], [B, C, H, W]; the gradient before division by numel
+  double* sums;                   // scratch [B, score_tiles, kSumsPerTile]
+};
+
+template <typename Real>
+cudaError_t score_combination_fwd(const ScoreParams<Real>& params, ScoreOut<Real> out, cudaStream_t stream);
+
+// out = grad_output gradient / numel, rounded once.
+template <typename Real>
+cudaError_t score_combination_bwd(
+    Shape shape, ImageView gradient, VectorView grad_output, ImageOut out, cudaStream_t stream);
+
+}  // namespace palp_fast::cuda

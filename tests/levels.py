@@ -1,0 +1,52 @@
+"""Prints a digest of what the CPU kernels compute at the level that PALP_FAST_CPU_LEVEL names; run by test_build."""
+
+import hashlib
+
+import torch
+
+from palp_fast import functional
+
+OPTIONS = {"backend": "cpu"}
+
+
+def results() -> list[torch.Tensor]:
+    """Outputs and gradients of every compiled operator, on sizes that fill no vector."""
+    draw = torch.Generator().manual_seed(0)
+    images = [torch.randn(3, 4, 9, 37, generator=draw) for _ in range(6)]
+    out = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        pred, target, *others = (image.detach().to(dtype, copy=True) for image in images)
+        pred.requires_grad_()
+        loss, stats = functional.score_residual(pred, target, *others, alpha=7.5, beta=3.75, **OPTIONS)
+        loss.backward()
+        out += [loss.detach(), stats, pred.grad]
+        out += combinations(pred.detach(), target, others)
+        x = target.clone().requires_grad_()
+        noised = functional.renoise(
+            x, others[0], others[1], torch.tensor([0.1, 0.5, 0.9]), alpha_bar_new=torch.tensor([0.3, 0.4, 0.5]),
+            copies=2, **OPTIONS)
+        noised.float().square().sum().backward()
+        out += [noised.detach(), x.grad]
+    return out
+
+
+def combinations(pred, target, others) -> list[torch.Tensor]:
+    """Every number of terms, with weights, mask and strides."""
+    out = []
+    vector = torch.tensor([0.3, 1.7, 0.9])
+    mask = target[:, :1].float().abs()
+    terms = [*others, *(other.mT.contiguous().mT for other in others)]
+    for count in range(len(terms) + 1):
+        table = torch.linspace(-1, 1, count * 3).view(count, 3)
+        leaf = pred.clone().requires_grad_()
+        loss, stats = functional.score_combination(
+            leaf, target, terms[:count], table, residual_weight=0.3, residual_scale=vector, mask=mask,
+            sample_weight=vector.flip(0), **OPTIONS)
+        out += [loss.detach(), stats, *torch.autograd.grad(loss, leaf)]
+    return out
+
+
+digest = hashlib.sha256()
+for tensor in results():
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+print(digest.hexdigest())
