@@ -56,11 +56,14 @@ def zero_code(signed: bool) -> int:
 
 
 def quantise(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """[blocks, size] fp32 -> (codes uint8 of that shape, scales [blocks] fp32); an all-zero block has scale 0."""
+    """[blocks, size] fp32 -> (codes uint8 of that shape, scales [blocks] fp32); an all-zero block has scale 0.
+
+    A block whose largest magnitude is subnormal counts as zero: its inverse would not be finite.
+    """
     tables = _tables(signed, values.device)
     scales = values.abs().amax(1)
-    divisor = torch.where(scales > 0, scales, 1.0)
-    ratio = (values / divisor[:, None]).reshape(-1)
+    inverse = torch.where(scales >= torch.finfo(torch.float32).tiny, 1 / scales, 0.0)
+    ratio = (values * inverse[:, None]).reshape(-1)
     # Values with equal upper bits lie within 2^-7 of each other: at most one boundary is between them.
     codes = tables.first.index_select(0, (ratio.view(torch.int32) >> 16) & 0xFFFF)
     codes = codes + (ratio > tables.above.index_select(0, codes))
