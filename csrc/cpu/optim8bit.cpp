@@ -1,5 +1,5 @@
+#include "blockwise_part.h"
 #include "kernels.h"
-#include "palp_fast/blockwise.h"
 #include "palp_fast/convert.h"
 
 namespace palp_fast::cpu::PALP_LEVEL {
@@ -41,21 +41,6 @@ void store(const float* values, DType dtype, int64_t first, int64_t count, void*
     case DType::float64: return round_part<double>(values, first, count, data);
     default: return round_part<float>(values, first, count, data);
   }
-}
-
-// Codes pass through arrays of their own: bytes may alias anything, and loops over them would not become vector code.
-void dequantise(const float* levels, const void* codes, float scale, int64_t first, int64_t count, float* out) {
-  uint8_t local[kPart];
-  std::memcpy(local, static_cast<const uint8_t*>(codes) + first, size_t(count));
-  for (int64_t i = 0; i < count; ++i) out[i] = levels[local[i]] * scale;
-}
-
-template <bool Signed>
-void quantise(const uint32_t* words, const float* values, float scale, int64_t first, int64_t count, void* codes) {
-  uint8_t local[kPart];
-  const float inverse = inverse_of(scale);
-  for (int64_t i = 0; i < count; ++i) local[i] = nearest_code<Signed>(values[i] * inverse, words);
-  std::memcpy(static_cast<uint8_t*>(codes) + first, local, size_t(count));
 }
 
 // Magnitudes order as their bits.
@@ -102,8 +87,8 @@ class Update {
         load_moments(old_first, old_second, at, count, moments);
         step(at, count, true, moments);
       }
-      quantise<true>(kSignedMap.words, moments.first, first, at, count, tensor_.first);
-      if (kTwo) quantise<false>(kUnsignedMap.words, moments.second, second, at, count, tensor_.second);
+      quantise(kSignedMap, moments.first, first, count, codes(tensor_.first) + at);
+      if (kTwo) quantise(kUnsignedMap, moments.second, second, count, codes(tensor_.second) + at);
     }
     tensor_.first_scales[block] = first;
     if (kTwo) tensor_.second_scales[block] = second;
@@ -125,10 +110,11 @@ class Update {
   static constexpr bool kTwo = UpdateRule::kTwoMoments;
 
   static float* floats(void* data) { return static_cast<float*>(data); }
+  static uint8_t* codes(void* data) { return static_cast<uint8_t*>(data); }
 
   void load_moments(float first_scale, float second_scale, int64_t at, int64_t count, Moments& moments) const {
-    dequantise(kSignedMap.levels, tensor_.first, first_scale, at, count, moments.first);
-    if (kTwo) dequantise(kUnsignedMap.levels, tensor_.second, second_scale, at, count, moments.second);
+    dequantise(kSignedMap, codes(tensor_.first) + at, first_scale, count, moments.first);
+    if (kTwo) dequantise(kUnsignedMap, codes(tensor_.second) + at, second_scale, count, moments.second);
   }
 
   void step(int64_t at, int64_t count, bool write, Moments& moments) const {

@@ -9,28 +9,13 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int kWarps = kLanes / kWarp;
-constexpr int kBlocksPerMultiprocessor = 2;
 constexpr int kRun = 4;  // consecutive elements of a thread
 constexpr int kRuns = 2;
 constexpr int kTile = kWarp * kRun * kRuns;  // elements of a warp at a time: one quantisation block of the usual size
 
+// Tables of eight words: a warp's look-ups fall into one sector of the first cache.
 __device__ const DynamicMap<true> kSignedMap;
 __device__ const DynamicMap<false> kUnsignedMap;
-
-// The maps in shared memory, where threads of a warp may look up different words at once.
-struct Maps {
-  float signed_levels[256], unsigned_levels[256];
-  uint32_t signed_words[DynamicMap<true>::kKeys], unsigned_words[DynamicMap<false>::kKeys];
-
-  __device__ void fill() {
-    for (int i = threadIdx.x; i < 256; i += kLanes) {
-      signed_levels[i] = kSignedMap.levels[i];
-      unsigned_levels[i] = kUnsignedMap.levels[i];
-    }
-    for (int i = threadIdx.x; i < DynamicMap<true>::kKeys; i += kLanes) signed_words[i] = kSignedMap.words[i];
-    for (int i = threadIdx.x; i < DynamicMap<false>::kKeys; i += kLanes) unsigned_words[i] = kUnsignedMap.words[i];
-  }
-};
 
 template <typename Type>
 __device__ bool aligned(const Type* address, size_t bytes) {
@@ -61,7 +46,9 @@ __device__ void store_run(const float (&values)[kRun], void* data, DType dtype, 
   }
 }
 
-__device__ void load_codes(const uint8_t* codes, int count, const float* levels, float scale, float (&out)[kRun]) {
+template <bool Signed>
+__device__ void load_codes(
+    const uint8_t* codes, int count, const DynamicMap<Signed>& map, float scale, float (&out)[kRun]) {
   uint8_t run[kRun] = {};
   if (count == kRun && aligned(codes, kRun)) {
     const uchar4 four = *reinterpret_cast<const uchar4*>(codes);
@@ -71,15 +58,15 @@ __device__ void load_codes(const uint8_t* codes, int count, const float* levels,
     for (int i = 0; i < kRun; ++i) run[i] = i < count ? codes[i] : 0;
   }
 #pragma unroll
-  for (int i = 0; i < kRun; ++i) out[i] = i < count ? levels[run[i]] * scale : 0.0f;
+  for (int i = 0; i < kRun; ++i) out[i] = i < count ? level_of(run[i], map) * scale : 0.0f;
 }
 
 template <bool Signed>
 __device__ void store_codes(
-    const float (&values)[kRun], float inverse, const uint32_t* words, int count, uint8_t* codes) {
+    const float (&values)[kRun], float inverse, const DynamicMap<Signed>& map, int count, uint8_t* codes) {
   uint8_t run[kRun];
 #pragma unroll
-  for (int i = 0; i < kRun; ++i) run[i] = nearest_code<Signed>(values[i] * inverse, words);
+  for (int i = 0; i < kRun; ++i) run[i] = nearest_code(values[i] * inverse, map);
   if (count == kRun && aligned(codes, kRun)) {
     *reinterpret_cast<uchar4*>(codes) = make_uchar4(run[0], run[1], run[2], run[3]);
     return;
@@ -112,7 +99,6 @@ struct Update {
   const GradientRow& gradient;
   const StepConstants& constants;
   float factor;
-  const Maps& maps;
   int lane;
 
   __device__ int64_t run_at(int64_t tile, int run) const { return tile + (run * kWarp + lane) * kRun; }
@@ -126,10 +112,10 @@ struct Update {
       const int64_t at = run_at(tile, run);
       const int count = run_count(at, end);
       const uint8_t* codes = static_cast<const uint8_t*>(tensor.first) + at;
-      load_codes(codes, count, maps.signed_levels, first_scale, out.first[run]);
+      load_codes(codes, count, kSignedMap, first_scale, out.first[run]);
       if (!kTwo) continue;
       codes = static_cast<const uint8_t*>(tensor.second) + at;
-      load_codes(codes, count, maps.unsigned_levels, second_scale, out.second[run]);
+      load_codes(codes, count, kUnsignedMap, second_scale, out.second[run]);
     }
   }
 
@@ -168,10 +154,10 @@ struct Update {
       const int64_t at = run_at(tile, run);
       const int count = run_count(at, end);
       uint8_t* codes = static_cast<uint8_t*>(tensor.first) + at;
-      store_codes<true>(moments.first[run], first_inverse, maps.signed_words, count, codes);
+      store_codes(moments.first[run], first_inverse, kSignedMap, count, codes);
       if (!kTwo) continue;
       codes = static_cast<uint8_t*>(tensor.second) + at;
-      store_codes<false>(moments.second[run], second_inverse, maps.unsigned_words, count, codes);
+      store_codes(moments.second[run], second_inverse, kUnsignedMap, count, codes);
     }
   }
 
@@ -219,28 +205,22 @@ struct Update {
   }
 };
 
+// One thread block per chunk, one warp at a time per quantisation block.
 template <typename UpdateRule>
-__global__ void __launch_bounds__(kLanes, kBlocksPerMultiprocessor) update_kernel(StepParams params) {
-  __shared__ Maps maps;
-  if (params.verdict->finite == 0) return;
-  maps.fill();
-  __syncthreads();
+__global__ void __launch_bounds__(kLanes, 2) update_kernel(StepParams params) {
+  const ChunkView chunk(params, blockIdx.x);
+  const TensorRow& tensor = params.tensors[chunk.tensor];
+  const GradientRow& gradient = params.gradients[chunk.tensor];
+  if (params.verdict->finite == 0 || gradient.data == nullptr) return;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  for (int64_t index = blockIdx.x; index < params.chunk_count; index += gridDim.x) {
-    const ChunkView chunk(params, index);
-    const TensorRow& tensor = params.tensors[chunk.tensor];
-    const GradientRow& gradient = params.gradients[chunk.tensor];
-    if (gradient.data == nullptr) continue;
-    const Update<UpdateRule> update{
-        tensor, gradient, params.constants[chunk.tensor], params.verdict->factor, maps, lane};
-    const bool plain = tensor.first_scales == nullptr;
-    const int64_t piece = plain ? kTile : tensor.block_size;
-    for (int64_t at = chunk.begin + warp * piece; at < chunk.end; at += kWarps * piece) {
-      if (plain) {
-        update.plain(at, smaller(at + kTile, chunk.end));
-      } else {
-        update.quantised(at / piece);
-      }
+  const Update<UpdateRule> update{tensor, gradient, params.constants[chunk.tensor], params.verdict->factor, lane};
+  const bool plain = tensor.first_scales == nullptr;
+  const int64_t piece = plain ? kTile : tensor.block_size;
+  for (int64_t at = chunk.begin + warp * piece; at < chunk.end; at += kWarps * piece) {
+    if (plain) {
+      update.plain(at, smaller(at + kTile, chunk.end));
+    } else {
+      update.quantised(at / piece);
     }
   }
 }
@@ -309,16 +289,6 @@ __global__ void __launch_bounds__(kWords) write_kernel(Words words, int count, i
   if (int(threadIdx.x) < count) out[threadIdx.x] = words.word[threadIdx.x];
 }
 
-// As many thread blocks as run at once.
-cudaError_t resident_blocks(int64_t chunks, unsigned& blocks) {
-  int device = 0, multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  blocks = unsigned(smaller(chunks, int64_t(multiprocessors) * kBlocksPerMultiprocessor));
-  return error;
-}
-
 }  // namespace
 
 cudaError_t gradient_norm(const NormParams& params, unsigned* ticket, bool begin, cudaStream_t stream) {
@@ -330,11 +300,8 @@ cudaError_t gradient_norm(const NormParams& params, unsigned* ticket, bool begin
 cudaError_t optimizer_update(const StepParams& params, bool begin, cudaStream_t stream) {
   if (params.chunk_count == 0) return cudaSuccess;
   if (begin) begin_kernel<<<1, kLanes, 0, stream>>>(params);
-  unsigned blocks = 0;
-  const cudaError_t error = resident_blocks(params.chunk_count, blocks);
-  if (error != cudaSuccess) return error;
   const auto kernel = params.rule == Rule::adamw ? update_kernel<AdamW> : update_kernel<Lion>;
-  kernel<<<blocks, kLanes, 0, stream>>>(params);
+  kernel<<<unsigned(params.chunk_count), kLanes, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

@@ -14,13 +14,6 @@
 #define PALP_INLINE PALP_HD inline __attribute__((always_inline))
 #endif
 
-#if defined(_MSC_VER) && !defined(__clang__)
-#include <intrin.h>
-#define PALP_PREFETCH(address) _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0)
-#else
-#define PALP_PREFETCH(address) __builtin_prefetch(address)
-#endif
-
 // The instruction set that a CPU kernel file is compiled for: base, v3 or v4 (x86-64-v3, x86-64-v4).
 #ifndef PALP_LEVEL
 #define PALP_LEVEL base
