@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
-OPERATORS = ("score_combination", "renoise", "add_noise", "lora_linear")
+OPERATORS = ("score_combination", "renoise", "add_noise", "lora_linear", "grad_norm", "adamw", "lion")
 # By device type, the operators that csrc/ has for it.
 COMPILED = {
-    "cpu": ("score_combination", "renoise"),
-    "cuda": ("score_combination", "renoise"),
+    "cpu": ("score_combination", "renoise", "grad_norm", "adamw", "lion"),
+    "cuda": ("score_combination", "renoise", "grad_norm", "adamw", "lion"),
 }
 TITLES = {"cpu": "C++", "cuda": "CUDA"}
 

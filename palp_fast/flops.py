@@ -30,10 +30,6 @@ def _elementwise(*_, out_shape=None, **__) -> int:
     return 0
 
 
-register_flop_formula(
-    [
-        getattr(torch.ops.palp_fast, name + suffix)
-        for name in ("score_combination", "renoise", "add_noise")
-        for suffix in ("", "_bwd")
-    ]
-)(_elementwise)
+_PAIRS = [name + suffix for name in ("score_combination", "renoise", "add_noise") for suffix in ("", "_bwd")]
+_OPTIMIZER = ["grad_norm", "adamw", "lion", "optimizer_step", "write_words"]
+register_flop_formula([getattr(torch.ops.palp_fast, name) for name in (*_PAIRS, *_OPTIMIZER)])(_elementwise)

@@ -247,6 +247,7 @@ _register(
 )
 _differentiable("lora_linear", _lora_setup, _lora_backward, tracked=(0, 3, 4))
 
-from palp_fast import flops  # noqa: E402, F401  (its formulas need the operators above)
+from palp_fast import ops_optim  # noqa: E402, F401  (registers with the library above)
+from palp_fast import flops  # noqa: E402, F401, I001  (its formulas need the operators above)
 
 backend.load_libraries()

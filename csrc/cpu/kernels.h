@@ -2,6 +2,7 @@
 // of threads: work is cut into tiles of fixed size, and sums are added in order.
 #pragma once
 
+#include "palp_fast/optimizer.h"
 #include "palp_fast/renoise.h"
 #include "palp_fast/score_combination.h"
 
@@ -25,10 +26,18 @@ struct ImageKernels {
   void (*renoise_bwd)(const RenoiseBackwardParams&, ParallelFor);
 };
 
+struct OptimizerKernels {
+  // Writes norm and verdict.
+  void (*gradient_norm)(const NormParams&, ParallelFor);
+  // Counts the update and does it, unless the verdict forbids.
+  void (*optimizer_update)(const StepParams&, ParallelFor);
+};
+
 struct Kernels {
   const char* level;  // "base", "v3" or "v4"
   ImageKernels<float> f32;
   ImageKernels<double> f64;
+  OptimizerKernels optimizer;
 
   template <typename Real>
   const ImageKernels<Real>& image() const {

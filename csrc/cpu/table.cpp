@@ -12,6 +12,9 @@ void renoise_fwd(const RenoiseParams&, ParallelFor);
 template <typename Real>
 void renoise_bwd(const RenoiseBackwardParams&, ParallelFor);
 
+void gradient_norm(const NormParams&, ParallelFor);
+void optimizer_update(const StepParams&, ParallelFor);
+
 #define PALP_TEXT(name) PALP_QUOTE(name)
 #define PALP_QUOTE(name) #name
 
@@ -20,6 +23,6 @@ constexpr ImageKernels<Real> image_kernels{
     score_combination_fwd<Real>, score_combination_bwd<Real>, renoise_fwd<Real>, renoise_bwd<Real>};
 
 extern const Kernels table;
-const Kernels table{PALP_TEXT(PALP_LEVEL), image_kernels<float>, image_kernels<double>};
+const Kernels table{PALP_TEXT(PALP_LEVEL), image_kernels<float>, image_kernels<double>, {gradient_norm, optimizer_update}};
 
 }  // namespace palp_fast::cpu::PALP_LEVEL

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "palp_fast/optimizer.h"
 #include "palp_fast/renoise.h"
 #include "palp_fast/score_combination.h"
 
@@ -32,5 +33,14 @@ cudaError_t score_combination_fwd(const ScoreParams<Real>& params, ScoreOut<Real
 template <typename Real>
 cudaError_t score_combination_bwd(
     Shape shape, ImageView gradient, VectorView grad_output, ImageOut out, cudaStream_t stream);
+
+// Writes norm and verdict. ticket: 0 before and after. begin: also count the update of every tensor and prepare it.
+cudaError_t gradient_norm(const NormParams& params, unsigned* ticket, bool begin, cudaStream_t stream);
+
+// begin: first count and prepare, in a launch of its own; else gradient_norm has done that.
+cudaError_t optimizer_update(const StepParams& params, bool begin, cudaStream_t stream);
+
+// Host words to device memory as kernel arguments: safe in a captured graph, whatever becomes of the host's copy.
+cudaError_t write_words(const int64_t* words, int64_t count, int64_t* out, cudaStream_t stream);
 
 }  // namespace palp_fast::cuda

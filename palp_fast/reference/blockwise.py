@@ -1,7 +1,11 @@
 """Block-wise 8-bit quantisation with a dynamic map (Dettmers et al., arXiv 2110.02861).
 
 A value is stored as the nearest of 256 levels times the largest magnitude of its block. The levels cover seven
-decades, each decade with twice as many as the one below it, so small moments keep their order of magnitude.
+decades, each decade with twice as many as the one below it, so small moments keep their order of magnitude: 0, 1 and
+the midpoints of equal cells of (0.1, 1] 10^-k.
+
+Within a decade, levels are linear in the code. So both directions are a multiply-add, rounded once, with fp32 constants
+of the decade; every implementation computes the same numbers (csrc/include/palp_fast/blockwise.h).
 """
 
 from __future__ import annotations
@@ -15,59 +19,97 @@ from torch import Tensor
 DECADES = 7
 
 
+class _Map(NamedTuple):
+    """Level of n = code + 1, or of n = 2 |code - zero| + 1 if signed: width n + offset. [7] each, by decade.
+
+    |code - zero| of a ratio: floor(min(slope ratio + shift, last)). [8] each: 0 for ratios below all decades.
+    """
+
+    width: Tensor
+    offset: Tensor
+    slope: Tensor
+    shift: Tensor
+    last: Tensor
+    above: Tensor  # [7]: ratios above entry d belong to decade d (from 0) or higher
+    one: float  # ratios above it are nearest to 1
+
+
+def _fp32(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64).to(torch.float32)
+
+
+@lru_cache(maxsize=None)
+def _map(signed: bool) -> _Map:
+    cells = [2**decade if signed else 2 ** (decade + 1) for decade in range(DECADES)]
+    powers = [10.0 ** (decade - DECADES + 1) for decade in range(DECADES)]
+    sizes = [power * 0.9 / count for power, count in zip(powers, cells)]
+    lowest = [power * 0.1 + size / 2 for power, size in zip(powers, sizes)]
+    step = 2 if signed else 1
+    first = [2 * count + 1 if signed else count for count in cells]
+    width = _fp32([size / step for size in sizes])
+    offset = _fp32([low - n * w for low, n, w in zip(lowest, first, width.double().tolist())])
+    bottom = _multiply_add(torch.tensor(first), width, offset).double()
+    top = _multiply_add(torch.tensor([n + step * (count - 1) for n, count in zip(first, cells)]), width, offset).double()
+    below = torch.cat([torch.zeros(1, dtype=torch.float64), top[:-1]])
+    codes = [count if signed else count - 1 for count in cells]
+    return _Map(
+        width,
+        offset,
+        slope=_fp32([0.0, *(1 / size for size in sizes)]),
+        shift=_fp32([0.0, *(code - count / 9.0 for code, count in zip(codes, cells))]),
+        last=_fp32([0.5, *(code + count - 0.5 for code, count in zip(codes, cells))]),
+        above=((below + bottom) / 2).to(torch.float32),
+        one=((top[-1] + 1) / 2).to(torch.float32).item(),
+    )
+
+
+def _multiply_add(left: Tensor, right: Tensor, addend: Tensor) -> Tensor:
+    """left right + addend in fp32, rounded once: for the numbers here, fp64 holds product and sum exactly."""
+    return (left.double() * right.double() + addend.double()).to(torch.float32)
+
+
 @lru_cache(maxsize=None)
 def dynamic_levels(signed: bool) -> Tensor:
-    """The 256 levels in ascending order, fp32: 0, 1 and the midpoints of equal cells of (0.1, 1] 10^-k."""
-    levels = [0.0, 1.0]
-    for decade in range(DECADES):
-        cells = 2**decade if signed else 2 ** (decade + 1)
-        width = 0.9 / cells
-        magnitudes = [10.0 ** (decade - DECADES + 1) * (0.1 + (i + 0.5) * width) for i in range(cells)]
-        levels += magnitudes
-        if signed:
-            levels += [-magnitude for magnitude in magnitudes]
-    return torch.tensor(sorted(levels), dtype=torch.float64).to(torch.float32)
-
-
-class _Tables(NamedTuple):
-    """What `quantise` looks up, on one device."""
-
-    levels: Tensor  # [256] fp32
-    above: Tensor  # [256] fp32: the boundary half-way to the next level, infinite for the last
-    first: Tensor  # [65536] int32: by the upper 16 bits of an fp32 value, the code of the least such value
+    """The 256 levels in ascending order, fp32."""
+    table = _map(signed)
+    decade = torch.repeat_interleave(torch.arange(DECADES), 2 ** torch.arange(DECADES) * (1 if signed else 2))
+    n = 2 * torch.arange(1, 128) + 1 if signed else torch.arange(2, 256)
+    magnitudes = _multiply_add(n, table.width[decade], table.offset[decade])
+    negative = -magnitudes.flip(0) if signed else magnitudes[:0]
+    return torch.cat([negative, torch.zeros(1), magnitudes, torch.ones(1)])
 
 
 @lru_cache(maxsize=None)
-def _tables(signed: bool, device: torch.device) -> _Tables:
-    levels = dynamic_levels(signed)
-    boundaries = (levels[:-1] + levels[1:]) / 2
-    upper = torch.arange(65536, dtype=torch.int64)
-    # Among negative values with equal upper bits, the least has all lower bits set.
-    bits = (upper << 16) + torch.where(upper >= 32768, 0xFFFF, 0)
-    least = (bits - ((bits >> 31) << 32)).to(torch.int32).view(torch.float32)
-    first = torch.bucketize(least, boundaries, out_int32=True)
-    above = torch.cat([boundaries, torch.tensor([float("inf")])])
-    return _Tables(levels.to(device), above.to(device), first.to(device))
+def _tables(signed: bool, device: torch.device) -> tuple[Tensor, _Map]:
+    """(levels, map) on one device."""
+    table = _map(signed)
+    tensors = {name: getattr(table, name).to(device) for name in ("slope", "shift", "last", "above")}
+    return dynamic_levels(signed).to(device), table._replace(**tensors)
 
 
 def zero_code(signed: bool) -> int:
     """The code that stands for 0."""
-    return int((dynamic_levels(signed) == 0).nonzero().item())
+    return 127 if signed else 0
 
 
 def quantise(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """[blocks, size] fp32 -> (codes uint8 of that shape, scales [blocks] fp32); an all-zero block has scale 0."""
-    tables = _tables(signed, values.device)
+    """[blocks, size] fp32 -> (codes uint8 of that shape, scales [blocks] fp32); an all-zero block has scale 0.
+
+    A block whose largest magnitude is subnormal counts as zero: its inverse would not be finite.
+    """
+    _, table = _tables(signed, values.device)
     scales = values.abs().amax(1)
-    divisor = torch.where(scales > 0, scales, 1.0)
-    ratio = (values / divisor[:, None]).reshape(-1)
-    # Values with equal upper bits lie within 2^-7 of each other: at most one boundary is between them.
-    codes = tables.first.index_select(0, (ratio.view(torch.int32) >> 16) & 0xFFFF)
-    codes = codes + (ratio > tables.above.index_select(0, codes))
-    return codes.to(torch.uint8).view(values.shape), scales
+    inverse = torch.where(scales >= torch.finfo(torch.float32).tiny, 1 / scales, 0.0)
+    ratio = values * inverse[:, None]
+    magnitude = ratio.abs()
+    decade = torch.bucketize(magnitude, table.above, out_int32=True)
+    position = _multiply_add(magnitude, table.slope[decade], table.shift[decade])
+    distance = torch.minimum(position, table.last[decade]).to(torch.int32)
+    codes = zero_code(signed) + torch.where(ratio < 0, -distance, distance) + (ratio > table.one)
+    return codes.to(torch.uint8), scales
 
 
 def dequantise(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
     """The inverse: level[code] times the block's scale, fp32."""
-    levels = _tables(signed, codes.device).levels
+    levels, _ = _tables(signed, codes.device)
     return levels.index_select(0, codes.reshape(-1).to(torch.int32)).view(codes.shape) * scales[:, None]
