@@ -1,4 +1,5 @@
 // The optimizer operators on CUDA for torch's dispatcher. Schemas are in palp_fast/ops_optim.py.
+#include <cstring>
 #include <tuple>
 
 #include "../../cuda/kernels.h"
@@ -13,7 +14,7 @@ class DeviceTables {
  public:
   DeviceTables(const StepTables& host, const Tensor& like, cudaStream_t stream)
       : count_(int64_t(host.tensors.size())), chunks_(int64_t(host.owner.size())) {
-    std::vector<int64_t> words(size_t(work_at()));  // the ticket, the last of them, is 0
+    std::vector<int64_t> words(static_cast<size_t>(work_at()));  // the ticket, the last of them, is 0
     std::memcpy(words.data(), host.tensors.data(), host.tensors.size() * sizeof(TensorRow));
     std::memcpy(words.data() + 12 * count_, host.gradients.data(), host.gradients.size() * sizeof(GradientRow));
     std::memcpy(words.data() + 14 * count_, host.owner.data(), host.owner.size() * sizeof(int32_t));
