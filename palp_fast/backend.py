@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
-OPERATORS = ("score_combination", "renoise", "add_noise", "lora_linear")
+OPERATORS = ("score_combination", "renoise", "add_noise", "timestep_sample", "timestep_update", "lora_linear")
 # By device type, the operators that csrc/ has for it.
 COMPILED = {
-    "cpu": ("score_combination", "renoise"),
-    "cuda": ("renoise",),
+    "cpu": ("score_combination", "renoise", "add_noise", "timestep_sample", "timestep_update"),
+    "cuda": ("renoise", "add_noise", "timestep_sample", "timestep_update"),
 }
 TITLES = {"cpu": "C++", "cuda": "CUDA"}
 

@@ -36,4 +36,5 @@ register_flop_formula(
         for name in ("score_combination", "renoise", "add_noise")
         for suffix in ("", "_bwd")
     ]
+    + [torch.ops.palp_fast.timestep_sample, torch.ops.palp_fast.timestep_update, torch.ops.palp_fast.philox_words]
 )(_elementwise)

@@ -22,19 +22,26 @@ _library = torch.library.Library("palp_fast", "DEF")
 OVERLOADS = ("default", "reference")
 
 
-def _register(name: str, schema: str, reference: Callable, fake: Callable) -> None:
-    for overload in OVERLOADS:
-        qualified = name if overload == "default" else f"{name}.{overload}"
+def register(name: str, schema: str, reference: Callable, fake: Callable) -> None:
+    """Both overloads of an operator: its schema, its reference and its shape function."""
+    for kind in OVERLOADS:
+        qualified = name if kind == "default" else f"{name}.{kind}"
         _library.define(qualified + schema, tags=torch.Tag.pt2_compliant_tag)
         _library.impl(qualified, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"palp_fast::{qualified}", fake, lib=_library)
 
 
+def overload(name: str, device: torch.device, requested: str) -> Callable:
+    """The overload of an operator that the requested backend stands for. Raises as backend.select."""
+    packet = getattr(torch.ops.palp_fast, name)
+    return packet.reference if backend.select(name, device, requested) == "reference" else packet.default
+
+
 def _differentiable(name: str, setup_context: Callable, backward: Callable[[object, str], Callable]) -> None:
     """`backward` is told which overload of the backward operator belongs to the forward one."""
-    for overload in OVERLOADS:
-        op = getattr(getattr(torch.ops.palp_fast, name), overload)
-        bwd = getattr(getattr(torch.ops.palp_fast, name + "_bwd"), overload)
+    for kind in OVERLOADS:
+        op = getattr(getattr(torch.ops.palp_fast, name), kind)
+        bwd = getattr(getattr(torch.ops.palp_fast, name + "_bwd"), kind)
         torch.library.register_autograd(op, backward(bwd), setup_context=setup_context, lib=_library)
         torch.library.register_autograd(bwd, _no_second_derivative(name), lib=_library)
 
@@ -74,14 +81,14 @@ def _score_backward(bwd: Callable) -> Callable:
     return backward
 
 
-_register(
+register(
     "score_combination",
     "(Tensor pred, Tensor target, Tensor[] predictions, Tensor coefficients, float residual_weight, "
     "Tensor? residual_scale, Tensor? sample_weight, Tensor? mask) -> (Tensor, Tensor, Tensor)",
     score_combination_ref,
     _score_fake,
 )
-_register(
+register(
     "score_combination_bwd",
     "(Tensor grad_output, Tensor gradient, ScalarType dtype) -> Tensor",
     score_combination_bwd_ref,
@@ -118,14 +125,14 @@ def _renoise_bwd_fake(grad, alpha_bar, alpha_bar_new, copies, compute, x_dtype, 
     return tuple(_empty(grad, shape, dtype) for dtype in (x_dtype, eps_dtype, noise_dtype))
 
 
-_register(
+register(
     "renoise",
     "(Tensor x_t, Tensor eps_pred, Tensor noise, Tensor alpha_bar, Tensor? alpha_bar_new, SymInt copies, "
     "ScalarType? dtype) -> Tensor",
     renoise_ref,
     _renoise_fake,
 )
-_register(
+register(
     "renoise_bwd",
     "(Tensor grad, Tensor alpha_bar, Tensor? alpha_bar_new, SymInt copies, ScalarType compute, ScalarType x_dtype, "
     "ScalarType eps_dtype, ScalarType noise_dtype) -> (Tensor, Tensor, Tensor)",
@@ -151,14 +158,14 @@ def _add_noise_backward(bwd: Callable) -> Callable:
     return backward
 
 
-_register(
+register(
     "add_noise",
     "(Tensor x0, Tensor t, Tensor alphas_cumprod, Tensor seed, Tensor step, Tensor sample_offset, int stream) "
     "-> (Tensor, Tensor)",
     add_noise_ref,
     lambda x0, *_: (_empty(x0, x0.shape, x0.dtype), _empty(x0, x0.shape, x0.dtype)),
 )
-_register(
+register(
     "add_noise_bwd",
     "(Tensor grad, Tensor t, Tensor alphas_cumprod) -> Tensor",
     add_noise_bwd_ref,
@@ -198,14 +205,14 @@ def _lora_bwd_fake(grad, x, low, weight, lora_a, lora_b, scale, gate, need_x):
     return _empty(x, x.shape if need_x else (0,), x.dtype), torch.empty_like(lora_a), torch.empty_like(lora_b)
 
 
-_register(
+register(
     "lora_linear",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scale, Tensor? gate) "
     "-> (Tensor, Tensor)",
     lora_linear_ref,
     _lora_fake,
 )
-_register(
+register(
     "lora_linear_bwd",
     "(Tensor grad, Tensor x, Tensor low, Tensor weight, Tensor lora_a, Tensor lora_b, float scale, Tensor? gate, "
     "bool need_x) -> (Tensor, Tensor, Tensor)",
@@ -214,6 +221,7 @@ _register(
 )
 _differentiable("lora_linear", _lora_setup, _lora_backward)
 
+from palp_fast import ops_sampler  # noqa: E402, F401  (needs `register`)
 from palp_fast import flops  # noqa: E402, F401  (its formulas need the operators above)
 
 backend.load_libraries()
