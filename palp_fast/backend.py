@@ -9,12 +9,13 @@ from typing import NamedTuple
 import torch
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
-OPERATORS = ("score_combination", "renoise", "add_noise", "lora_linear", "grad_norm", "adamw", "lion")
+OPERATORS = (
+    "score_combination", "renoise", "add_noise", "timestep_sample", "timestep_update", "lora_linear",
+    "grad_norm", "adamw", "lion",
+)
+_EVERYWHERE = tuple(name for name in OPERATORS if name != "lora_linear")
 # By device type, the operators that csrc/ has for it.
-COMPILED = {
-    "cpu": ("score_combination", "renoise", "grad_norm", "adamw", "lion"),
-    "cuda": ("score_combination", "renoise", "grad_norm", "adamw", "lion"),
-}
+COMPILED = {"cpu": _EVERYWHERE, "cuda": _EVERYWHERE}
 TITLES = {"cpu": "C++", "cuda": "CUDA"}
 
 LIBRARY_FOLDER = Path(__file__).parent / "lib"

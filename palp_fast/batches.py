@@ -43,8 +43,10 @@ class Draws:
         self.cfg, self.alphas_cumprod = cfg, alphas_cumprod
         self.latents = torch.cat(latents)
         self.counts = torch.tensor([len(photos) for photos in latents])
-        self.sampler = TimestepSampler(alphas_cumprod, cfg.timesteps, rescale=cfg.rescale, seed=cfg.seed)
-        self.new_sampler = TimestepSampler(alphas_cumprod, "uniform", seed=(cfg.seed + _NEW_TIMESTEP_SEED) % 2**63)
+        options = {"seed": cfg.seed, "backend": cfg.backend}
+        self.sampler = TimestepSampler(alphas_cumprod, cfg.timesteps, rescale=cfg.rescale, **options)
+        options["seed"] = (cfg.seed + _NEW_TIMESTEP_SEED) % 2**63
+        self.new_sampler = TimestepSampler(alphas_cumprod, "uniform", **options)
 
     def batch(self, step: int, sample_offset: int) -> Batch:
         """Samples sample_offset .. sample_offset + batch_size of optimizer step `step`."""

@@ -1,4 +1,7 @@
-"""Argument checks of the operators: shapes and types, never values. Errors name the argument and what is allowed."""
+"""Argument checks of the operators: shapes and types, and values on the CPU alone.
+
+Errors name the argument, what was given and what is allowed.
+"""
 
 from __future__ import annotations
 
@@ -70,6 +73,36 @@ def schedule(name: str, value: Tensor, like: Tensor) -> None:
     _device(name, value, like)
 
 
+def vector(name: str, value: Tensor, like: Tensor) -> None:
+    """[N] floating on the device of `like`."""
+    floating(name, value)
+    if value.dim() != 1:
+        raise ValueError(f"{name} has shape {list(value.shape)}: allowed is [N]")
+    _device(name, value, like)
+
+
+def alphas(name: str, value: Tensor) -> None:
+    """Values in (0, 1], where they can be read."""
+    if _can_read(value):
+        low, high = (bound.item() for bound in value.aminmax())
+        if not (low > 0 and high <= 1):
+            raise ValueError(f"{name} has values from {low} to {high}: allowed are values in (0, 1]")
+
+
+def below(name: str, value: Tensor, count: int) -> None:
+    """Indices in [0, count), where they can be read."""
+    if _can_read(value):
+        low, high = (bound.item() for bound in value.aminmax())
+        if not (low >= 0 and high < count):
+            raise ValueError(f"{name} has values from {low} to {high}: allowed are 0 to {count - 1}")
+
+
+def _can_read(value: Tensor) -> bool:
+    """Whether there are values, on the CPU: none while a graph is traced."""
+    traced = torch.compiler.is_compiling() or type(value) is not Tensor
+    return value.device.type == "cpu" and value.numel() > 0 and not traced
+
+
 def number(name: str, value: float) -> None:
     """A finite Python number."""
     # SymFloat and SymInt stand for Python numbers while torch.compile traces.
@@ -79,12 +112,20 @@ def number(name: str, value: float) -> None:
         raise ValueError(f"{name}={value!r}: allowed is a finite number")
 
 
-def integer(name: str, value: int, minimum: int) -> None:
-    """A Python int of at least `minimum`."""
+def integer(name: str, value: int, minimum: int, maximum: int | None = None) -> None:
+    """A Python int of at least `minimum` and, if given, at most `maximum`."""
+    allowed = f"an int >= {minimum}" if maximum is None else f"an int from {minimum} to {maximum}"
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}={value!r}: allowed is an int >= {minimum}")
-    if value < minimum:
-        raise ValueError(f"{name}={value}: allowed is an int >= {minimum}")
+        raise TypeError(f"{name}={value!r}: allowed is {allowed}")
+    if value < minimum or (maximum is not None and value > maximum):
+        raise ValueError(f"{name}={value}: allowed is {allowed}")
+
+
+def seed(name: str, value: int) -> None:
+    """A Python int of 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r}: allowed is an int")
+    _int64(name, value)
 
 
 def counter(name: str, value: int | Tensor, like: Tensor) -> Tensor:
@@ -98,9 +139,13 @@ def counter(name: str, value: int | Tensor, like: Tensor) -> Tensor:
         return value
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}={value!r}: allowed is an int or a 0-d int64 tensor")
+    _int64(name, value)
+    return torch.full((), value, dtype=torch.int64)
+
+
+def _int64(name: str, value: int) -> None:
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name}={value}: allowed is a 64-bit int")
-    return torch.full((), value, dtype=torch.int64)
 
 
 def gate(name: str, value: Tensor, x: Tensor) -> Tensor | None:

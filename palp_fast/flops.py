@@ -32,4 +32,5 @@ def _elementwise(*_, out_shape=None, **__) -> int:
 
 _PAIRS = [name + suffix for name in ("score_combination", "renoise", "add_noise") for suffix in ("", "_bwd")]
 _OPTIMIZER = ["grad_norm", "adamw", "lion", "optimizer_step", "write_words"]
-register_flop_formula([getattr(torch.ops.palp_fast, name) for name in (*_PAIRS, *_OPTIMIZER)])(_elementwise)
+_SAMPLER = ["timestep_sample", "timestep_update", "philox_words"]
+register_flop_formula([getattr(torch.ops.palp_fast, name) for name in (*_PAIRS, *_OPTIMIZER, *_SAMPLER)])(_elementwise)

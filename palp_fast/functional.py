@@ -2,7 +2,8 @@
 
 Floating inputs may be fp16, bf16, fp32 or fp64, each its own, and of any strides. Arithmetic is fp32, or fp64 when
 an image-shaped input is fp64; results are rounded once. A bad argument raises ValueError or TypeError naming
-the argument, its value and what is allowed. Values of tensors are never read back to check them.
+the argument, its value and what is allowed. Values of tensors are checked on the CPU alone, and never read back from
+another device.
 """
 
 from __future__ import annotations
@@ -10,19 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from palp_fast import backend as _backend
 from palp_fast import checks as _checks
-from palp_fast import ops as _ops  # noqa: F401  (registers torch.ops.palp_fast)
+from palp_fast import ops as _ops
 from palp_fast.reference import philox as _philox
 
 __all__ = ["add_noise", "lora_linear", "renoise", "score_combination", "score_residual"]
 
 _MOST_TERMS = 8  # kMostTerms of csrc/include/palp_fast/score_combination.h
-
-
-def _operator(name: str, device: torch.device, requested: str):
-    packet = getattr(torch.ops.palp_fast, name)
-    return packet.reference if _backend.select(name, device, requested) == "reference" else packet.default
 
 
 def score_combination(
@@ -75,7 +70,7 @@ def _combine(
     _checks.per_sample("residual_scale", residual_scale, pred)
     _checks.per_sample("sample_weight", sample_weight, pred)
     mask = _checks.mask("mask", mask, pred)
-    op = _operator("score_combination", pred.device, backend)
+    op = _ops.overload("score_combination", pred.device, backend)
     loss, stats, _ = op(
         pred, target, predictions, factors, coefficients, float(residual_weight), residual_scale, sample_weight, mask
     )
@@ -164,7 +159,7 @@ def renoise(
     _checks.integer("copies", copies, minimum=1)
     if dtype is not None and dtype not in _checks.FLOATING:
         raise TypeError(f"dtype={dtype}: allowed are {_checks.FLOATING_NAMES}, None")
-    op = _operator("renoise", x_t.device, backend)
+    op = _ops.overload("renoise", x_t.device, backend)
     return op(x_t, eps_pred, noise, alpha_bar, alpha_bar_new, copies, dtype)
 
 
@@ -183,21 +178,25 @@ def add_noise(
 
     Philox-4x32-10 with key = seed and counter = (element / 4, sample_offset + b, step, stream), Box-Muller in fp32;
     elements are numbered row-major in [C, H, W] whatever the strides. x0: [B, C, H, W]; t: [B] int64 indices into
-    alphas_cumprod [T]. seed, step, sample_offset: int or 0-d int64 tensor. A second independent noise for the same
-    step takes another `stream` (3 or more: 0 is this one, 1 and 2 belong to the timestep sampler).
+    alphas_cumprod [T] with values in (0, 1]; a t outside of it is an error on the CPU and gives x_t = NaN elsewhere.
+    seed, step, sample_offset: int or 0-d int64 tensor; one on a GPU is read there, so that a captured graph draws anew
+    at every replay. A second independent noise for the same step takes another `stream` (3 or more: 0 is this one, 1 and 2
+    belong to the timestep sampler).
 
     Returns (x_t, noise), contiguous, in the dtype of x0; x_t is made from the noise as returned. Gradient to x0.
     Raises TypeError or ValueError for bad arguments, RuntimeError if `backend` cannot serve.
     """
     _checks.image("x0", x0)
-    _checks.indices("t", t, x0)
     _checks.schedule("alphas_cumprod", alphas_cumprod, x0)
-    _checks.integer("stream", stream, minimum=0)
+    _checks.alphas("alphas_cumprod", alphas_cumprod)
+    _checks.indices("t", t, x0)
+    _checks.below("t", t, alphas_cumprod.shape[0])
+    _checks.integer("stream", stream, minimum=0, maximum=2**32 - 1)
     counters = [
         _checks.counter(name, value, x0)
         for name, value in (("seed", seed), ("step", step), ("sample_offset", sample_offset))
     ]
-    return _operator("add_noise", x0.device, backend)(x0, t, alphas_cumprod, *counters, stream)
+    return _ops.overload("add_noise", x0.device, backend)(x0, t, alphas_cumprod, *counters, stream)
 
 
 def lora_linear(
@@ -227,7 +226,7 @@ def lora_linear(
     else:
         _checks.number("lora_scale", lora_scale)
         scale = float(lora_scale)
-    op = _operator("lora_linear", x.device, backend)
+    op = _ops.overload("lora_linear", x.device, backend)
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):
         return op(x, weight, bias, lora_a, lora_b, scale, gate)[0]

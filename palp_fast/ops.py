@@ -22,12 +22,19 @@ _library = torch.library.Library("palp_fast", "DEF")
 OVERLOADS = ("default", "reference")
 
 
-def _register(name: str, schema: str, reference: Callable, fake: Callable) -> None:
-    for overload in OVERLOADS:
-        qualified = name if overload == "default" else f"{name}.{overload}"
+def register(name: str, schema: str, reference: Callable, fake: Callable) -> None:
+    """Both overloads of an operator: its schema, its reference and its shape function."""
+    for kind in OVERLOADS:
+        qualified = name if kind == "default" else f"{name}.{kind}"
         _library.define(qualified + schema, tags=torch.Tag.pt2_compliant_tag)
         _library.impl(qualified, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"palp_fast::{qualified}", fake, lib=_library)
+
+
+def overload(name: str, device: torch.device, requested: str) -> Callable:
+    """The overload of an operator that the requested backend stands for. Raises as backend.select."""
+    packet = getattr(torch.ops.palp_fast, name)
+    return packet.reference if backend.select(name, device, requested) == "reference" else packet.default
 
 
 def _differentiable(
@@ -37,12 +44,12 @@ def _differentiable(
 
     `backward` is told which overload of the backward operator belongs to the forward one, and gives those gradients.
     """
-    for overload in OVERLOADS:
-        op = getattr(getattr(torch.ops.palp_fast, name), overload)
-        bwd = getattr(getattr(torch.ops.palp_fast, name + "_bwd"), overload)
+    for kind in OVERLOADS:
+        op = getattr(getattr(torch.ops.palp_fast, name), kind)
+        bwd = getattr(getattr(torch.ops.palp_fast, name + "_bwd"), kind)
         _autograd(op, setup_context, backward(bwd), tracked)
-        kinds = [str(argument.type) for argument in bwd._schema.arguments]
-        tensors = [i for i, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]")]
+        types = [str(argument.type) for argument in bwd._schema.arguments]
+        tensors = [i for i, type_name in enumerate(types) if type_name in ("Tensor", "Optional[Tensor]")]
         _autograd(bwd, lambda ctx, inputs, output: None, _no_second_derivative(name), tuple(tensors))
 
 
@@ -107,14 +114,14 @@ def _score_backward(bwd: Callable) -> Callable:
     return backward
 
 
-_register(
+register(
     "score_combination",
     "(Tensor pred, Tensor target, Tensor[] predictions, float[] factors, Tensor? coefficients, float residual_weight, "
     "Tensor? residual_scale, Tensor? sample_weight, Tensor? mask) -> (Tensor, Tensor, Tensor)",
     score_combination_ref,
     _score_fake,
 )
-_register(
+register(
     "score_combination_bwd",
     "(Tensor grad_output, Tensor gradient, ScalarType dtype) -> Tensor",
     score_combination_bwd_ref,
@@ -150,14 +157,14 @@ def _renoise_bwd_fake(grad, alpha_bar, alpha_bar_new, copies, compute, x_dtype, 
     return tuple(_empty(grad, shape, dtype) for dtype in (x_dtype, eps_dtype, noise_dtype))
 
 
-_register(
+register(
     "renoise",
     "(Tensor x_t, Tensor eps_pred, Tensor noise, Tensor alpha_bar, Tensor? alpha_bar_new, SymInt copies, "
     "ScalarType? dtype) -> Tensor",
     renoise_ref,
     _renoise_fake,
 )
-_register(
+register(
     "renoise_bwd",
     "(Tensor grad, Tensor alpha_bar, Tensor? alpha_bar_new, SymInt copies, ScalarType compute, ScalarType x_dtype, "
     "ScalarType eps_dtype, ScalarType noise_dtype) -> (Tensor, Tensor, Tensor)",
@@ -183,14 +190,14 @@ def _add_noise_backward(bwd: Callable) -> Callable:
     return backward
 
 
-_register(
+register(
     "add_noise",
     "(Tensor x0, Tensor t, Tensor alphas_cumprod, Tensor seed, Tensor step, Tensor sample_offset, int stream) "
     "-> (Tensor, Tensor)",
     add_noise_ref,
     lambda x0, *_: (_empty(x0, x0.shape, x0.dtype), _empty(x0, x0.shape, x0.dtype)),
 )
-_register(
+register(
     "add_noise_bwd",
     "(Tensor grad, Tensor t, Tensor alphas_cumprod) -> Tensor",
     add_noise_bwd_ref,
@@ -230,14 +237,14 @@ def _lora_bwd_fake(grad, x, low, weight, lora_a, lora_b, scale, gate, need_x):
     return _empty(x, x.shape if need_x else (0,), x.dtype), torch.empty_like(lora_a), torch.empty_like(lora_b)
 
 
-_register(
+register(
     "lora_linear",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scale, Tensor? gate) "
     "-> (Tensor, Tensor)",
     lora_linear_ref,
     _lora_fake,
 )
-_register(
+register(
     "lora_linear_bwd",
     "(Tensor grad, Tensor x, Tensor low, Tensor weight, Tensor lora_a, Tensor lora_b, float scale, Tensor? gate, "
     "bool need_x) -> (Tensor, Tensor, Tensor)",
@@ -246,7 +253,7 @@ _register(
 )
 _differentiable("lora_linear", _lora_setup, _lora_backward, tracked=(0, 3, 4))
 
-from palp_fast import ops_optim  # noqa: E402, F401  (registers with the library above)
+from palp_fast import ops_optim, ops_sampler  # noqa: E402, F401  (they register with the library above)
 from palp_fast import flops  # noqa: E402, F401, I001  (its formulas need the operators above)
 
 backend.load_libraries()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from palp_fast.ops import _library, _register
+from palp_fast.ops import _library, register
 from palp_fast.reference.optimizers import adamw_ref, grad_norm_ref, lion_ref
 
 RULES = ("adamw", "lion")
@@ -40,27 +40,27 @@ def _count_versions(name: str, mutated: tuple[int, ...]) -> None:
         _library.impl(qualified, kernel, "ADInplaceOrView", with_keyset=True)
 
 
-_register(
+register(
     "grad_norm",
     "(Tensor[] grads, Tensor? grad_scale, Tensor? found_inf, float max_norm) -> (Tensor, Tensor)",
     grad_norm_ref,
     lambda grads, *_: (grads[0].new_empty((), dtype=torch.float32), grads[0].new_empty(2, dtype=torch.float32)),
 )
-_register(
+register(
     "adamw",
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] shadows, Tensor(c!) steps, Tensor(d!)[] exp_avg, "
     "Tensor(e!)[] exp_avg_sq, Tensor verdict, Tensor group, int block_size) -> ()",
     adamw_ref,
     _changes_nothing,
 )
-_register(
+register(
     "lion",
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] shadows, Tensor(c!) steps, Tensor(d!)[] exp_avg, "
     "Tensor verdict, Tensor group, int block_size) -> ()",
     lion_ref,
     _changes_nothing,
 )
-_register("write_words", "(Tensor(a!) out, int[] words) -> ()", _write_words_ref, _changes_nothing)
+register("write_words", "(Tensor(a!) out, int[] words) -> ()", _write_words_ref, _changes_nothing)
 _count_versions("adamw", (0, 2, 3, 4, 5))
 _count_versions("lion", (0, 2, 3, 4))
 _library.define(

@@ -5,6 +5,7 @@ import hashlib
 import torch
 
 from palp_fast import functional
+from palp_fast.sampler import TimestepSampler
 
 OPTIONS = {"backend": "cpu"}
 
@@ -27,7 +28,18 @@ def results() -> list[torch.Tensor]:
             copies=2, **OPTIONS)
         noised.float().square().sum().backward()
         out += [noised.detach(), x.grad]
-    return out
+    alphas, t = torch.linspace(0.9, 0.1, 50), torch.tensor([0, 25, 49])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = images[0].detach().to(dtype, copy=True).requires_grad_()
+        noised = functional.add_noise(x, t, alphas, seed=1, step=2, **OPTIONS)
+        noised[0].float().square().sum().backward()
+        out += [*(tensor.detach() for tensor in noised), x.grad]
+    sampler = TimestepSampler(alphas, "adaptive", bins=10, **OPTIONS)
+    for step in range(4):
+        drawn = sampler.sample(7, step)
+        sampler.update(drawn[0], drawn[0].float() + 0.1)
+        out += drawn
+    return out + list(sampler.state_dict().values())
 
 
 def combinations(pred, target, others) -> list[torch.Tensor]:

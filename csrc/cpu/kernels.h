@@ -2,9 +2,11 @@
 // of threads: work is cut into tiles of fixed size, and sums are added in order.
 #pragma once
 
+#include "palp_fast/add_noise.h"
 #include "palp_fast/optimizer.h"
 #include "palp_fast/renoise.h"
 #include "palp_fast/score_combination.h"
+#include "palp_fast/timestep.h"
 
 namespace palp_fast::cpu {
 
@@ -24,6 +26,8 @@ struct ImageKernels {
   void (*score_combination_bwd)(const Shape&, const ImageView& gradient, Real factor, const ImageOut&, ParallelFor);
   void (*renoise_fwd)(const RenoiseParams&, ParallelFor);
   void (*renoise_bwd)(const RenoiseBackwardParams&, ParallelFor);
+  void (*add_noise_fwd)(const AddNoiseParams&, ParallelFor);
+  void (*add_noise_bwd)(const AddNoiseBackwardParams&, ParallelFor);
 };
 
 struct OptimizerKernels {
@@ -33,11 +37,21 @@ struct OptimizerKernels {
   void (*optimizer_update)(const StepParams&, ParallelFor);
 };
 
+// keys, ranks: [global_batch], unless draws are uniform; q, upper: [bins].
+struct TimestepScratch {
+  uint64_t *keys, *ranks;
+  double *q, *upper;
+};
+
 struct Kernels {
   const char* level;  // "base", "v3" or "v4"
   ImageKernels<float> f32;
   ImageKernels<double> f64;
   OptimizerKernels optimizer;
+  void (*timestep_sample)(const TimestepSampleParams&, const TimestepScratch&);
+  void (*timestep_update)(const TimestepUpdateParams&, double* added);  // scratch [2 bins]
+  // out [count, 4] from counters [count, 4] and key [2].
+  void (*philox_words)(const int64_t* counters, const int64_t* key, int64_t count, int64_t* out);
 
   template <typename Real>
   const ImageKernels<Real>& image() const {

@@ -3,9 +3,11 @@
 
 #include <cuda_runtime_api.h>
 
+#include "palp_fast/add_noise.h"
 #include "palp_fast/optimizer.h"
 #include "palp_fast/renoise.h"
 #include "palp_fast/score_combination.h"
+#include "palp_fast/timestep.h"
 
 namespace palp_fast::cuda {
 
@@ -42,5 +44,18 @@ cudaError_t optimizer_update(const StepParams& params, bool begin, cudaStream_t 
 
 // Host words to device memory as kernel arguments: safe in a captured graph, whatever becomes of the host's copy.
 cudaError_t write_words(const int64_t* words, int64_t count, int64_t* out, cudaStream_t stream);
+
+template <typename Real>
+cudaError_t add_noise_fwd(AddNoiseParams params, cudaStream_t stream);
+
+template <typename Real>
+cudaError_t add_noise_bwd(AddNoiseBackwardParams params, cudaStream_t stream);
+
+cudaError_t timestep_sample(TimestepSampleParams params, cudaStream_t stream);
+
+cudaError_t timestep_update(TimestepUpdateParams params, cudaStream_t stream);
+
+// out [count, 4] from counters [count, 4] and key [2], contiguous.
+cudaError_t philox_words(const int64_t* counters, const int64_t* key, int64_t count, int64_t* out, cudaStream_t stream);
 
 }  // namespace palp_fast::cuda

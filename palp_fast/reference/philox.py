@@ -52,13 +52,24 @@ def words(first: Tensor, sample: Tensor, step: Word, stream: int, seed: Word) ->
     return philox((first & MASK, sample & MASK, step & MASK, stream), seed_key(seed))
 
 
+def philox_words_ref(counters: Tensor, key: Tensor) -> Tensor:
+    """Rows of four random words [N, 4] for rows of counters [N, 4] under one key [2]; words held in int64."""
+    return torch.stack(philox(tuple((counters & MASK).unbind(1)), tuple((key & MASK).unbind(0))), dim=1)
+
+
 def normal_pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Two independent N(0, 1) fp32 draws from two words, by Box-Muller."""
     # (word + 1/2) / 2^32 lies in (0, 1], so the logarithm is finite.
     uniform = first.to(torch.float32) * 2.0**-32 + 2.0**-33
-    angle = second.to(torch.float32) * (2 * math.pi * 2.0**-32)
     radius = (-2 * uniform.log()).sqrt()
-    return radius * angle.cos(), radius * angle.sin()
+    # The nearest quarter turn is taken off in integers, where nothing is rounded.
+    quarter = (second + 2**29) >> 30
+    angle = (second - (quarter << 30)).to(torch.float32) * (2 * math.pi * 2.0**-32)
+    cos, sin = angle.cos(), angle.sin()
+    is_odd = quarter % 2 == 1
+    x, y = torch.where(is_odd, -sin, cos), torch.where(is_odd, cos, sin)
+    radius = torch.where(quarter & 2 == 2, -radius, radius)
+    return radius * x, radius * y
 
 
 def normal(samples: Tensor, count: int, step: Word, seed: Word, stream: int = STREAM_NOISE) -> Tensor:
