@@ -88,7 +88,8 @@ def obstacle(op: str, device: torch.device, name: str) -> str | None:
     if op not in COMPILED[name]:
         return f"no {TITLES[name]} version of {op} in this version"
     if _problems[name] is None and op not in _served[name]:
-        return f"the {TITLES[name]} library {LIBRARIES[name].name} is of a version without {op}: install palp_fast again"
+        library = f"the {TITLES[name]} library {LIBRARIES[name].name}"
+        return f"{library} is of a version without {op}: install palp_fast again"
     return _problems[name]
 
 

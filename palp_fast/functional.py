@@ -180,8 +180,8 @@ def add_noise(
     elements are numbered row-major in [C, H, W] whatever the strides. x0: [B, C, H, W]; t: [B] int64 indices into
     alphas_cumprod [T] with values in (0, 1]; a t outside of it is an error on the CPU and gives x_t = NaN elsewhere.
     seed, step, sample_offset: int or 0-d int64 tensor; one on a GPU is read there, so that a captured graph draws anew
-    at every replay. A second independent noise for the same step takes another `stream` (3 or more: 0 is this one, 1 and 2
-    belong to the timestep sampler).
+    at every replay. A second independent noise for the same step takes another `stream` (3 or more: 0 is this one, 1
+    and 2 belong to the timestep sampler).
 
     Returns (x_t, noise), contiguous, in the dtype of x0; x_t is made from the noise as returned. Gradient to x0.
     Raises TypeError or ValueError for bad arguments, RuntimeError if `backend` cannot serve.

@@ -124,7 +124,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         if not self.capturable:
             raise RuntimeError("step() in a CUDA graph: allowed with capturable=True")
         if self._table is None or not self._table.fits():
-            raise RuntimeError("step() in a CUDA graph: call refresh() before capture, once parameters have their place")
+            raise RuntimeError("step() in a CUDA graph: call refresh() before capture, with parameters in their place")
 
     def _step_by_reference(self, states: list, grads: list, present: list, scaler: tuple, max_norm: float) -> None:
         present = [grad.to(states[0][1].device) for grad in present]
@@ -218,7 +218,8 @@ class FlatOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        saved = dict(zip(chain.from_iterable(group["params"] for group in state_dict["param_groups"]), self._parameters()))
+        keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        saved = dict(zip(keys, self._parameters()))
         given = {param: state_dict["state"][key] for key, param in saved.items() if key in state_dict["state"]}
         for index, group in enumerate(self.param_groups):
             self._load_group(index, group, given)

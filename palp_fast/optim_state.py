@@ -11,9 +11,9 @@ from palp_fast.reference.blockwise import zero_code
 class FlatState:
     """Moments and step counts of some parameters of one device, each parameter padded to whole blocks.
 
-    `moments[name]` is [codes uint8 [blocks, size], scales fp32 [blocks]], or [values fp32 [blocks, size]]. `states` holds
-    one dict of views per parameter, for Optimizer.state: of its blocks, or with `shaped` (32-bit state only) of its own
-    shape, as torch.optim has it.
+    `moments[name]` is [codes uint8 [blocks, size], scales fp32 [blocks]], or [values fp32 [blocks, size]]. `states`
+    holds one dict of views per parameter, for Optimizer.state: of its blocks, or with `shaped` (32-bit state only) of
+    its own shape, as torch.optim has it.
     """
 
     def __init__(

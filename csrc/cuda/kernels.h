@@ -1,4 +1,4 @@
-// Launchers of the CUDA kernels: asynchronous on the stream, on the current device; the error of the launch is returned.
+// Launchers of the CUDA kernels: asynchronous on the stream, on the current device; a failed launch is returned.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -9,8 +9,8 @@
 
 namespace palp_fast {
 
-// Levels are linear in the code within each of seven decades, so both directions are a multiply-add with constants of the
-// decade. Eight entries per table fit in one vector register. Every multiply-add rounds once.
+// Levels are linear in the code within each of seven decades, so both directions are a multiply-add with constants of
+// the decade. Eight entries per table fit in one vector register. Every multiply-add rounds once.
 template <bool Signed>
 struct alignas(32) DynamicMap {
   static constexpr int kDecades = 7;
@@ -19,9 +19,9 @@ struct alignas(32) DynamicMap {
   // counted from 1, or that less one.
   static constexpr int32_t kFirstHalf = 13200, kHalves = 160;
 
-  // Level of n = code + 1, or of n = 2 |code - 127| + 1 without its sign: width n + offset. Entry: exponent of n, mod 8.
+  // Level of n = code + 1, or of n = 2 |code - 127| + 1 without its sign: width n + offset. Entry: exponent of n mod 8.
   float width[8] = {}, offset[8] = {};
-  // Magnitude of code - kZero for a ratio of decade d: floor(min(slope ratio + shift, last)). Entry 0: below all decades.
+  // Magnitude of code - kZero for a ratio of decade d: floor(min(slope ratio + shift, last)). Entry 0: below them all.
   float slope[8] = {}, shift[8] = {}, last[8] = {};
   float above[8] = {};  // the decade holds ratios up to this
   float one = 0;  // ratios above this are nearest to 1
@@ -51,7 +51,9 @@ struct alignas(32) DynamicMap {
 
  private:
   // The product of a float and a byte, and the sum, are exact in double.
-  constexpr float level(int n, int entry) const { return float(double(n) * double(width[entry]) + double(offset[entry])); }
+  constexpr float level(int n, int entry) const {
+    return float(double(n) * double(width[entry]) + double(offset[entry]));
+  }
 };
 
 // a b + c, rounded once. Exact in double for the values of a DynamicMap, where there is no instruction for it.

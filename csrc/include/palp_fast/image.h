@@ -1,4 +1,4 @@
-// How an operator sees its tensors, [B, C, H, W] and [B]: no torch types, so that any compiler and device can include it.
+// How an operator sees its tensors, [B, C, H, W] and [B]: no torch types, so that any compiler can include it.
 #pragma once
 
 #include <cstdint>

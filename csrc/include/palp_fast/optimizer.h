@@ -93,8 +93,8 @@ struct ChunkView {
   }
 };
 
-// Lane l of a chunk's sum of squares takes elements l, l + kLanes, ...; then the upper half of the lanes is added to the
-// lower until one is left. The chunks' sums are added likewise. So the norm is the same number on every device.
+// Lane l of a chunk's sum of squares takes elements l, l + kLanes, ...; then the upper half of the lanes is added to
+// the lower until one is left. The chunks' sums are added likewise. So the norm is the same number on every device.
 constexpr int kLanes = 256;
 
 PALP_INLINE Verdict judge(double sum_of_squares, const NormParams& params) {
