@@ -12,20 +12,25 @@ constexpr DynamicMap<true> kSignedMap;
 constexpr DynamicMap<false> kUnsignedMap;
 
 template <typename Stored>
-const float* widen_part(const void* data, int64_t first, int64_t count, float* buffer) {
+void widen_part(const void* data, int64_t first, int64_t count, float* out) {
   const Stored* source = static_cast<const Stored*>(data) + first;
-  for (int64_t i = 0; i < count; ++i) buffer[i] = float(widen(source[i]));
-  return buffer;
+  for (int64_t i = 0; i < count; ++i) out[i] = float(widen(source[i]));
+}
+
+void copy(const void* data, DType dtype, int64_t first, int64_t count, float* out) {
+  switch (dtype) {
+    case DType::float16: return widen_part<Half>(data, first, count, out);
+    case DType::bfloat16: return widen_part<BFloat16>(data, first, count, out);
+    case DType::float64: return widen_part<double>(data, first, count, out);
+    default: return widen_part<float>(data, first, count, out);
+  }
 }
 
 // Some elements as float: in place where the tensor holds that, else in the buffer.
 const float* load(const void* data, DType dtype, int64_t first, int64_t count, float* buffer) {
-  switch (dtype) {
-    case DType::float16: return widen_part<Half>(data, first, count, buffer);
-    case DType::bfloat16: return widen_part<BFloat16>(data, first, count, buffer);
-    case DType::float64: return widen_part<double>(data, first, count, buffer);
-    default: return static_cast<const float*>(data) + first;
-  }
+  if (dtype == DType::float32) return static_cast<const float*>(data) + first;
+  copy(data, dtype, first, count, buffer);
+  return buffer;
 }
 
 template <typename Stored>
@@ -65,44 +70,42 @@ class Update {
       : tensor_(params.tensors[index]),
         gradient_(params.gradients[index]),
         constants_(params.constants[index]),
-        factor_(params.verdict->factor) {}
+        factor_(params.verdict->factor),
+        type_(DType(tensor_.types % 256)) {}
 
+  // The moments of a block longer than a part are not kept: a first pass finds the scales, a second computes them anew.
   void quantised(int64_t block) const {
     const int64_t begin = block * tensor_.block_size, end = smaller(begin + tensor_.block_size, tensor_.numel);
     const float old_first = tensor_.first_scales[block];
     const float old_second = kTwo ? tensor_.second_scales[block] : 0.0f;
     float first = 0, second = 0;  // the new scales
+    const bool fits = end - begin <= kPart;
     Moments moments;
-    const bool whole = end - begin <= kPart;
-    for (int64_t at = begin; at < end; at += kPart) {
-      const int64_t count = smaller(kPart, end - at);
-      load_moments(old_first, old_second, at, count, moments);
-      step(at, count, whole, moments);
-      first = largest_magnitude(first, moments.first, count);
-      if (kTwo) second = largest_magnitude(second, moments.second, count);
-    }
-    for (int64_t at = begin; at < end; at += kPart) {
-      const int64_t count = smaller(kPart, end - at);
-      if (!whole) {  // the moments of a long block are not kept, but computed again
-        load_moments(old_first, old_second, at, count, moments);
-        step(at, count, true, moments);
+    for (int pass = fits ? 1 : 0; pass < 2; ++pass) {
+      for (int64_t at = begin; at < end; at += kPart) {
+        const int64_t count = smaller(kPart, end - at);
+        dequantise(kSignedMap, codes(tensor_.first) + at, old_first, count, moments.first);
+        if (kTwo) dequantise(kUnsignedMap, codes(tensor_.second) + at, old_second, count, moments.second);
+        step(at, count, pass == 1, moments.first, moments.second);
+        if (pass == 0 || fits) {
+          first = largest_magnitude(first, moments.first, count);
+          if (kTwo) second = largest_magnitude(second, moments.second, count);
+        }
+        if (pass == 0) continue;
+        quantise(kSignedMap, moments.first, first, count, codes(tensor_.first) + at);
+        if (kTwo) quantise(kUnsignedMap, moments.second, second, count, codes(tensor_.second) + at);
       }
-      quantise(kSignedMap, moments.first, first, count, codes(tensor_.first) + at);
-      if (kTwo) quantise(kUnsignedMap, moments.second, second, count, codes(tensor_.second) + at);
     }
     tensor_.first_scales[block] = first;
     if (kTwo) tensor_.second_scales[block] = second;
   }
 
+  // State in 32 bits.
   void plain(int64_t begin, int64_t end) const {
-    Moments moments;
+    float unused[kPart];
     for (int64_t at = begin; at < end; at += kPart) {
-      const size_t bytes = size_t(smaller(kPart, end - at)) * sizeof(float);
-      std::memcpy(moments.first, floats(tensor_.first) + at, bytes);
-      if (kTwo) std::memcpy(moments.second, floats(tensor_.second) + at, bytes);
-      step(at, smaller(kPart, end - at), true, moments);
-      std::memcpy(floats(tensor_.first) + at, moments.first, bytes);
-      if (kTwo) std::memcpy(floats(tensor_.second) + at, moments.second, bytes);
+      float* second = kTwo ? floats(tensor_.second) + at : unused;
+      step(at, smaller(kPart, end - at), true, floats(tensor_.first) + at, second);
     }
   }
 
@@ -112,30 +115,26 @@ class Update {
   static float* floats(void* data) { return static_cast<float*>(data); }
   static uint8_t* codes(void* data) { return static_cast<uint8_t*>(data); }
 
-  void load_moments(float first_scale, float second_scale, int64_t at, int64_t count, Moments& moments) const {
-    dequantise(kSignedMap, codes(tensor_.first) + at, first_scale, count, moments.first);
-    if (kTwo) dequantise(kUnsignedMap, codes(tensor_.second) + at, second_scale, count, moments.second);
-  }
-
-  void step(int64_t at, int64_t count, bool write, Moments& moments) const {
-    float grads[kPart], params[kPart], updated[kPart];
-    const DType type = DType(tensor_.types % 256);
+  // The rule on some elements; parameters in fp32 are changed in place.
+  void step(int64_t at, int64_t count, bool write, float* first, float* second) const {
+    float grads[kPart], params[kPart];
     const float* grad = load(gradient_.data, DType(gradient_.dtype), at, count, grads);
-    const float* param = load(tensor_.param, type, at, count, params);
+    const bool in_place = write && type_ == DType::float32;
+    float* param = in_place ? floats(tensor_.param) + at : params;
+    if (!in_place) copy(tensor_.param, type_, at, count, params);
     const StepConstants constants = constants_;
-    for (int64_t i = 0; i < count; ++i) {
-      updated[i] = param[i];
-      UpdateRule::apply(constants, grad[i] * factor_, moments.first[i], moments.second[i], updated[i]);
-    }
+    const float factor = factor_;
+    for (int64_t i = 0; i < count; ++i) UpdateRule::apply(constants, grad[i] * factor, first[i], second[i], param[i]);
     if (!write) return;
-    store(updated, type, at, count, tensor_.param);
-    if (tensor_.shadow) store(updated, DType(tensor_.types / 256), at, count, tensor_.shadow);
+    if (!in_place) store(param, type_, at, count, tensor_.param);
+    if (tensor_.shadow) store(param, DType(tensor_.types / 256), at, count, tensor_.shadow);
   }
 
   const TensorRow& tensor_;
   const GradientRow& gradient_;
   const StepConstants& constants_;
   float factor_;
+  DType type_;
 };
 
 template <typename UpdateRule>

@@ -22,7 +22,8 @@ DECADES = 7
 class _Map(NamedTuple):
     """Level of n = code + 1, or of n = 2 |code - zero| + 1 if signed: width n + offset. [7] each, by decade.
 
-    |code - zero| of a ratio: floor(min(slope ratio + shift, last)). [8] each: 0 for ratios below all decades.
+    |code - zero| of a ratio: floor(min(slope ratio + shift, last)). [8] each: first for the lowest decade and what is
+    below, last for what is nearest to 1.
     """
 
     width: Tensor
@@ -30,8 +31,7 @@ class _Map(NamedTuple):
     slope: Tensor
     shift: Tensor
     last: Tensor
-    above: Tensor  # [7]: ratios above entry d belong to decade d (from 0) or higher
-    one: float  # ratios above it are nearest to 1
+    above: Tensor  # [7]: ratios above entry i belong to entry i + 1 or higher
 
 
 def _fp32(values: list[float]) -> Tensor:
@@ -49,17 +49,22 @@ def _map(signed: bool) -> _Map:
     width = _fp32([size / step for size in sizes])
     offset = _fp32([low - n * w for low, n, w in zip(lowest, first, width.double().tolist())])
     bottom = _multiply_add(torch.tensor(first), width, offset).double()
-    top = _multiply_add(torch.tensor([n + step * (count - 1) for n, count in zip(first, cells)]), width, offset).double()
-    below = torch.cat([torch.zeros(1, dtype=torch.float64), top[:-1]])
+    highest = [n + step * (count - 1) for n, count in zip(first, cells)]
+    top = _multiply_add(torch.tensor(highest), width, offset).double()
+    next_level = torch.cat([bottom[1:], torch.ones(1, dtype=torch.float64)])
+    # The line of the lowest decade goes through the boundaries around its first level.
+    start = bottom[0].item() / 2
+    size = start if signed else (bottom[0].item() + top[0].item()) / 2 - start
+    end = 128.0 if signed else 255.0
     codes = [count if signed else count - 1 for count in cells]
+    shifts = [code - count / 9.0 for code, count in zip(codes, cells)]
     return _Map(
         width,
         offset,
-        slope=_fp32([0.0, *(1 / size for size in sizes)]),
-        shift=_fp32([0.0, *(code - count / 9.0 for code, count in zip(codes, cells))]),
-        last=_fp32([0.5, *(code + count - 0.5 for code, count in zip(codes, cells))]),
-        above=((below + bottom) / 2).to(torch.float32),
-        one=((top[-1] + 1) / 2).to(torch.float32).item(),
+        slope=_fp32([1 / size, *(1 / size for size in sizes[1:]), 0.0]),
+        shift=_fp32([1 - start / size, *shifts[1:], end]),
+        last=_fp32([*(code + count - 0.5 for code, count in zip(codes, cells)), end]),
+        above=((top + next_level) / 2).to(torch.float32),
     )
 
 
@@ -102,10 +107,11 @@ def quantise(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     inverse = torch.where(scales >= torch.finfo(torch.float32).tiny, 1 / scales, 0.0)
     ratio = values * inverse[:, None]
     magnitude = ratio.abs()
-    decade = torch.bucketize(magnitude, table.above, out_int32=True)
-    position = _multiply_add(magnitude, table.slope[decade], table.shift[decade])
-    distance = torch.minimum(position, table.last[decade]).to(torch.int32)
-    codes = zero_code(signed) + torch.where(ratio < 0, -distance, distance) + (ratio > table.one)
+    entry = torch.bucketize(magnitude, table.above, out_int32=True)
+    position = _multiply_add(magnitude, table.slope[entry], table.shift[entry])
+    distance = torch.minimum(position, table.last[entry]).to(torch.int32)
+    # There is no level at -1.
+    codes = (zero_code(signed) + torch.where(ratio < 0, -distance, distance)).clamp_(min=0)
     return codes.to(torch.uint8), scales
 
 

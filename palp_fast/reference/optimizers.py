@@ -15,7 +15,7 @@ MOST = torch.finfo(torch.float32).max
 def grad_norm_ref(
     grads: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None, max_norm: float
 ) -> tuple[Tensor, Tensor]:
-    """(norm of all gradients over grad_scale, 0-d; verdict [2]: factor on every gradient, 1 if all are finite), fp32."""
+    """(norm of all gradients over grad_scale, 0-d; verdict [2]: factor on all gradients, 1 if they are finite), fp32."""
     # fp64: the square of a large but finite fp32 gradient must not overflow.
     norms = [torch.linalg.vector_norm(grad.to(torch.float32), dtype=torch.float64) for grad in grads]
     norm = torch.linalg.vector_norm(torch.stack(norms))
@@ -42,8 +42,8 @@ def adamw_ref(
 ) -> None:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101), decay first, in place.
 
-    A gradient without elements leaves its parameter alone. steps [tensors] fp32; a moment is [codes, scales] or [values]
-    of all tensors' blocks [blocks, block_size]; group [5] fp64: lr, beta1, beta2, eps, weight_decay.
+    A gradient without elements leaves its parameter alone. steps [tensors] fp32; a moment is [codes, scales] or
+    [values] of all tensors' blocks [blocks, block_size]; group [5] fp64: lr, beta1, beta2, eps, weight_decay.
     """
     rows = _Rows(params, grads, steps, verdict, block_size)
     lr, beta1, beta2, eps, weight_decay = group.unbind()

@@ -15,38 +15,43 @@ template <bool Signed>
 struct alignas(32) DynamicMap {
   static constexpr int kDecades = 7;
   static constexpr int kZero = Signed ? 127 : 0;  // the code of 0
-  // Upper halves of the floats of a decade: 160 / 2^16 of the distance from kFirstHalf, rounded down, is the decade
-  // counted from 1, or that less one.
-  static constexpr int32_t kFirstHalf = 13200, kHalves = 160;
+  static constexpr int kLast = 255 - kZero;  // code - kZero of 1
+  // Upper halves of floats: 160 / 2^16 of the distance from kFirstHalf, rounded down, is the entry below or one less.
+  static constexpr int32_t kFirstHalf = 13600, kHalves = 160;
 
   // Level of n = code + 1, or of n = 2 |code - 127| + 1 without its sign: width n + offset. Entry: exponent of n mod 8.
   float width[8] = {}, offset[8] = {};
-  // Magnitude of code - kZero for a ratio of decade d: floor(min(slope ratio + shift, last)). Entry 0: below them all.
+  // |code - kZero| for a ratio: floor(min(slope ratio + shift, last)). Entry: 0 for the lowest decade and what is
+  // below, 7 for what is nearest to 1.
   float slope[8] = {}, shift[8] = {}, last[8] = {};
-  float above[8] = {};  // the decade holds ratios up to this
-  float one = 0;  // ratios above this are nearest to 1
+  float above[8] = {};  // the entry holds ratios up to this
 
   constexpr DynamicMap() {
     constexpr double kPowers[kDecades] = {1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0};
-    float highest = 0;  // level of the decade below
-    last[0] = 0.5f;
+    double highest = 0;  // level of the decade below
     for (int decade = 0; decade < kDecades; ++decade) {
       const int cells = Signed ? 1 << decade : 2 << decade;
       const int first = Signed ? 2 * cells + 1 : cells, step = Signed ? 2 : 1;  // of n
+      const int code = Signed ? cells : cells - 1;
       const double cell = kPowers[decade] * 0.9 / cells, low = kPowers[decade] * 0.1 + cell / 2;
       width[decade] = float(cell / step);
       offset[decade] = float(low - double(width[decade]) * first);
-      above[decade] = float((double(highest) + double(level(first, decade))) / 2);
-      highest = level(first + step * (cells - 1), decade);
-      const int code = Signed ? cells : cells - 1;
-      slope[decade + 1] = float(1 / cell);
-      shift[decade + 1] = float(code - cells / 9.0);
-      last[decade + 1] = float(code + cells - 1) + 0.5f;
+      if (decade > 0) above[decade - 1] = float((highest + double(level(first, decade))) / 2);
+      highest = double(level(first + step * (cells - 1), decade));
+      slope[decade] = float(1 / cell);
+      shift[decade] = float(code - cells / 9.0);
+      last[decade] = float(code + cells - 1) + 0.5f;
     }
+    // The line of the lowest decade goes through the boundaries around its first level.
+    const double lowest = double(level(Signed ? 3 : 2, 0)), start = lowest / 2;
+    const double end = Signed ? lowest : (lowest + double(level(3, 0))) / 2;
+    slope[0] = float(1 / (end - start));
+    shift[0] = float(1 - start / (end - start));
     width[7] = Signed ? 1 / 256.0f : 1 / 255.0f;  // 0 for n = 1, and 1 for the last code
     offset[7] = -width[7];
+    above[6] = float((highest + 1) / 2);
     above[7] = INFINITY;
-    one = float((double(highest) + 1) / 2);
+    shift[7] = last[7] = float(kLast);
   }
 
  private:
@@ -81,11 +86,12 @@ PALP_INLINE uint8_t nearest_code(float ratio, const DynamicMap<Signed>& map) {
   const int32_t sign = int32_t(float_bits(ratio)) >> 31;
   const float magnitude = bits_float(bits);
   const int32_t half = int32_t(bits >> 16) - DynamicMap<Signed>::kFirstHalf;
-  int32_t decade = (half > 0 ? half : 0) * DynamicMap<Signed>::kHalves >> 16 & 7;
-  decade += magnitude > map.above[decade];
-  const float position = multiply_add(magnitude, map.slope[decade], map.shift[decade]);
-  const int32_t distance = int32_t(position < map.last[decade] ? position : map.last[decade]);
-  return uint8_t(DynamicMap<Signed>::kZero + ((distance ^ sign) - sign) + (ratio > map.one));
+  int32_t entry = (half > 0 ? half : 0) * DynamicMap<Signed>::kHalves >> 16 & 7;
+  entry += magnitude > map.above[entry];
+  const float position = multiply_add(magnitude, map.slope[entry], map.shift[entry]);
+  const int32_t distance = int32_t(position < map.last[entry] ? position : map.last[entry]);
+  const int32_t code = DynamicMap<Signed>::kZero + ((distance ^ sign) - sign);
+  return uint8_t(code < 0 ? 0 : code);  // there is no level at -1
 }
 
 // The factor from values to ratios. A block whose largest magnitude is 0, or subnormal, counts as zero.
