@@ -306,6 +306,8 @@ def _check_shadows(shadows: Mapping[Tensor, Tensor], params: list[Tensor]) -> No
     for param, shadow in shadows.items():
         if id(param) not in known:
             raise ValueError(f"shadows name a tensor of shape {list(param.shape)}: allowed are parameters of params")
+        if param.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"shadows name a parameter of {param.dtype}: allowed are float32 and float64")
         if shadow.dtype not in (torch.float16, torch.bfloat16) or not shadow.is_contiguous():
             raise ValueError(f"shadows hold a tensor of {shadow.dtype}: allowed are contiguous float16 and bfloat16")
         if shadow.shape != param.shape or shadow.device != param.device:

@@ -1,10 +1,12 @@
 """Prints a digest of what the CPU kernels compute at the level that PALP_FAST_CPU_LEVEL names; run by test_build."""
 
 import hashlib
+import itertools
 
 import torch
 
 from palp_fast import functional
+from palp_fast.optim import AdamW, AdamW8bit, Lion8bit
 from palp_fast.sampler import TimestepSampler
 
 OPTIONS = {"backend": "cpu"}
@@ -39,7 +41,23 @@ def results() -> list[torch.Tensor]:
         drawn = sampler.sample(7, step)
         sampler.update(drawn[0], drawn[0].float() + 0.1)
         out += drawn
-    return out + list(sampler.state_dict().values())
+    return out + list(sampler.state_dict().values()) + updates()
+
+
+def updates() -> list[torch.Tensor]:
+    """Parameters and state after steps of each optimizer, on tensors that fill no block."""
+    out = []
+    for kind, dtype in itertools.product((AdamW8bit, Lion8bit, AdamW), (torch.float32, torch.bfloat16, torch.float16)):
+        draw = torch.Generator().manual_seed(1)
+        params = [torch.nn.Parameter(torch.randn(size, generator=draw).to(dtype)) for size in (1, 300, 5000)]
+        optimizer = kind(params, lr=1e-2, max_grad_norm=1.0, **OPTIONS)
+        for _ in range(3):
+            for param in params:
+                param.grad = torch.randn(param.shape, generator=draw).to(dtype)
+            optimizer.step()
+        state = [value for param in params for value in optimizer.state[param].values() if torch.is_tensor(value)]
+        out += [*(param.detach() for param in params), *state, optimizer.grad_norm]
+    return out
 
 
 def combinations(pred, target, others) -> list[torch.Tensor]:

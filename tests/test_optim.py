@@ -284,6 +284,15 @@ def test_bad_arguments_are_named(options, name):
         AdamW8bit(tensors(), **options)
 
 
+def test_bad_shadows_are_named():
+    param, half = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(4, dtype=torch.float16))
+    copy16 = torch.empty(4, dtype=torch.bfloat16)
+    for params, shadows in (([param], {half: copy16}), ([half], {half: copy16}), ([param], {param: torch.empty(4)}),
+                            ([param], {param: copy16[:2]})):
+        with pytest.raises(ValueError, match="shadows"):
+            AdamW8bit(params, shadows=shadows)
+
+
 def test_state_of_another_layout_is_refused():
     params = tensors()
     optimizer = AdamW8bit(params)
