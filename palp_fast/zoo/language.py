@@ -40,7 +40,7 @@ def trained(cache: Path, tokenizer: CLIPTokenizer, ids: Tensor, log: Log) -> CLI
 
 
 def train(encoder: CLIPTextModel, ids: Tensor, thumbnails: Tensor, log: Log, steps: int = STEPS) -> None:
-    """Train in place: tokens from the end on predict, linearly, the picture that their caption describes.
+    """Train in place: every token predicts, linearly, the picture of a caption that begins as it has read so far.
 
     ids: int64 [captions, tokens]; thumbnails: uint8 [captions, side, side, 3]. Loss: mean squared error on [-1, 1].
     """
@@ -48,22 +48,15 @@ def train(encoder: CLIPTextModel, ids: Tensor, thumbnails: Tensor, log: Log, ste
     readout = torch.nn.Linear(encoder.config.hidden_size, thumbnails[0].numel())
     module = torch.nn.ModuleList([encoder, readout])
     optimizer, losses = Pair(module, excluded=("embed", "1.weight")), []
-    end = encoder.config.eos_token_id
     for step in range(steps):
         chosen = torch.from_numpy(np.random.default_rng(step).choice(len(ids), BATCH, replace=False))
         wanted = thumbnails[chosen].flatten(1).float() / 127.5 - 1
         with torch.autocast("cpu", torch.bfloat16):
-            hidden = encoder(ids[chosen]).last_hidden_state
-            drawn = readout(torch.stack([hidden[:, -1], _first_end(hidden, ids[chosen], end)]))
-        loss = F.mse_loss(drawn.float(), wanted.expand(2, -1, -1))
+            drawn = readout(encoder(ids[chosen]).last_hidden_state)
+        loss = F.mse_loss(drawn.float(), wanted[:, None].expand_as(drawn))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step(learning_rate(step, steps, PEAK_LR, warmup=50, decay_share=0.5))
         losses.append(loss.item())
         if (step + 1) % 100 == 0:
             log(step + 1, loss=float(np.mean(losses[-100:])))
-
-
-def _first_end(hidden: Tensor, ids: Tensor, end: int) -> Tensor:
-    """Hidden state [B, width] of each caption's first end token."""
-    return hidden[torch.arange(len(ids)), (ids == end).int().argmax(1)]
