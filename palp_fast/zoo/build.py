@@ -102,6 +102,7 @@ def main() -> None:
     drawings = load_sprites(cache)
     made = make_world(cache, drawings)
     pictures.render_all(cache, made, drawings)
+    pictures.render_thumbnails(cache, made, drawings)
     vae = autoencoder.train(cache, made, drawings, Log(cache / "log.jsonl", "autoencoder"), args.autoencoder_steps)
     captions = json.loads((cache / "captions.json").read_text())
     words = tokenizer.trained(captions, cache / "tokenizer")
