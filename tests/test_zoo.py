@@ -11,7 +11,7 @@ from PIL import Image
 
 from palp_fast.zoo import build, check, demo, language, muon, tokenizer
 from palp_fast.zoo.captions import STYLE_PHRASES, caption, noun_phrase
-from palp_fast.zoo.render import compose, training_scene
+from palp_fast.zoo.render import THUMBNAIL, Scene, Thumbnails, compose, training_scene
 from palp_fast.zoo.training import learning_rate
 from palp_fast.zoo.world import COLOURS, DARK, PERSONAL_BACKGROUNDS, STYLES, TARGETS, World
 
@@ -195,10 +195,23 @@ def test_learning_rate_warms_up_stays_and_decays_to_zero():
     assert rates[0] == 0.2 and rates[9:51] == [2.0] * 42 and rates[75] == 1.0 and rates[100] == 0
 
 
-def test_text_encoder_learns_to_carry_its_words(tmp_path, scenes):
+def test_thumbnails_show_subjects_at_one_place_whatever_the_scene_draws(sprites):
+    small = Thumbnails(sprites)
+    one, other, two = (small.draw(Scene(subjects, "render", "blue", "", seed))
+                       for subjects, seed in (((0,), 1), ((0,), 2), ((0, 1), 3)))
+    assert one.shape == (THUMBNAIL, THUMBNAIL, 3) and one.dtype == np.uint8
+    assert (one == other).all() and not (one == two).all()
+    centre = THUMBNAIL // 2
+    assert one[centre, centre, 0] > 200 and two[centre, centre // 2, 0] > 200 and two[centre, centre * 3 // 2, 0] > 200
+    assert np.abs(one[0, 0].astype(int) - COLOURS["blue"]).max() <= 6
+
+
+def test_text_encoder_learns_what_captions_look_like(tmp_path, scenes, sprites):
     captions = [scene.caption for scene in scenes[:200]]
     words = tokenizer.learn(captions, tmp_path)
     ids = tokenizer.ids_of(words, captions)
+    small = Thumbnails(sprites)
+    thumbnails = torch.from_numpy(np.stack([small.draw(scene) for scene in scenes[:200]]))
     encoder, losses = language.build_text_encoder(words), []
-    language.train(encoder, ids, lambda step, loss: losses.append(loss), steps=200)
-    assert losses[-1] < 0.6 * losses[0]
+    language.train(encoder, ids, thumbnails, lambda step, loss: losses.append(loss), steps=200, batch=16)
+    assert losses[-1] < 0.7 * losses[0]

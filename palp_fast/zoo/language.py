@@ -39,7 +39,9 @@ def trained(cache: Path, tokenizer: CLIPTokenizer, ids: Tensor, log: Log) -> CLI
     return encoder.eval().requires_grad_(False)
 
 
-def train(encoder: CLIPTextModel, ids: Tensor, thumbnails: Tensor, log: Log, steps: int = STEPS) -> None:
+def train(
+    encoder: CLIPTextModel, ids: Tensor, thumbnails: Tensor, log: Log, steps: int = STEPS, batch: int = BATCH
+) -> None:
     """Train in place: every token predicts, linearly, the picture of a caption that begins as it has read so far.
 
     ids: int64 [captions, tokens]; thumbnails: uint8 [captions, side, side, 3]. Loss: mean squared error on [-1, 1].
@@ -49,7 +51,7 @@ def train(encoder: CLIPTextModel, ids: Tensor, thumbnails: Tensor, log: Log, ste
     module = torch.nn.ModuleList([encoder, readout])
     optimizer, losses = Pair(module, excluded=("embed", "1.weight")), []
     for step in range(steps):
-        chosen = torch.from_numpy(np.random.default_rng(step).choice(len(ids), BATCH, replace=False))
+        chosen = torch.from_numpy(np.random.default_rng(step).choice(len(ids), batch, replace=False))
         wanted = thumbnails[chosen].flatten(1).float() / 127.5 - 1
         with torch.autocast("cpu", torch.bfloat16):
             drawn = readout(encoder(ids[chosen]).last_hidden_state)
