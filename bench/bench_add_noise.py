@@ -1,12 +1,12 @@
 """add_noise against what diffusers' training does (torch.randn_like and a scheduler's add_noise) and the reference.
 
-    python -m bench.bench_add_noise [--device cpu|cuda] [--seconds 3]
+    python -m bench.bench_add_noise [--device cpu|cuda] [--seconds 2] [--record]
 """
-
-import argparse
 
 import torch
 
+from bench.elementwise import options
+from bench.results import Results
 from bench.timing import interleaved
 from palp_fast import backend, functional
 
@@ -47,18 +47,19 @@ def check(run: dict, device: str, values: tuple) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each shape and dtype")
-    args = parser.parse_args()
-    run = providers(args.device)
+    args = options(__doc__)
+    run, results = providers(args.device), Results("add_noise", args.device)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; us: median (20th, 80th percentile)")
     for shape in SHAPES:
         for dtype in DTYPES:
             x0, t = torch.randn(shape).to(args.device, dtype), torch.randint(1000, shape[:1]).to(args.device)
             values = (x0, t, ALPHAS.to(args.device))
             check(run, args.device, values)
-            report(shape, dtype, timed(run, values, args))
+            rows = timed(run, values, args)
+            results.add(f"{list(shape)} {dtype}", rows)
+            report(shape, dtype, rows)
+    if args.record:
+        results.write()
 
 
 def timed(run: dict, values: tuple, args) -> dict:

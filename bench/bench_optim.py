@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from bench.elementwise import options
+from bench.results import Results
 from bench.timing import interleaved
 from palp_fast import optim
 
@@ -61,13 +62,16 @@ def finished(step: Callable[[], object], device: str) -> Callable[[], object]:
 
 if __name__ == "__main__":
     chosen = options(__doc__)
-    torch.set_num_threads(chosen.threads)
     elements = sum(rows * columns for rows, columns in shapes())
     print(f"{len(shapes())} tensors, {elements} elements, {chosen.device}")
     rows = interleaved(providers(chosen.device), chosen.seconds)
+    results = Results("optim", chosen.device)
+    results.add(f"{len(shapes())} tensors, {elements} elements", rows)
     base = rows["torch AdamW fused"].median
     print(f"{'optimizer':24} {'ms':>8} {'p20':>8} {'p80':>8} {'GB/s':>7} {'over torch':>10}")
     for name, row in rows.items():
         rate = next((nbytes for kind, nbytes in BYTES.items() if kind in name), 28) * elements / row.median / 1e9
         times = " ".join(f"{seconds * 1e3:8.2f}" for seconds in row[:3])
         print(f"{name:24} {times} {rate:7.1f} {row.median / base:10.3f}")
+    if chosen.record:
+        results.write()

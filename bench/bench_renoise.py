@@ -29,6 +29,5 @@ def case(shape: tuple, dtype: torch.dtype, variant: tuple[int, bool], device: st
 
 if __name__ == "__main__":
     chosen = options(__doc__)
-    torch.set_num_threads(chosen.threads)
     cases = (case(shape, dtype, variant, chosen.device) for shape, dtype, variant in grid(SHAPES, DTYPES, VARIANTS))
-    report(cases, chosen.device, chosen.seconds, TOLERANCE)
+    report("renoise", cases, chosen, TOLERANCE)

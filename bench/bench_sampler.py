@@ -1,14 +1,14 @@
 """The timestep sampler, one optimizer step (draws and statistics): the compiled operators against the reference.
 
-    python -m bench.bench_sampler [--device cpu|cuda] [--seconds 3]
+    python -m bench.bench_sampler [--device cpu|cuda] [--seconds 2] [--record]
 
 Next to nothing is read or written (24 bytes a sample, 16 a bin): what counts is the time of a call.
 """
 
-import argparse
-
 import torch
 
+from bench.elementwise import options
+from bench.results import Results
 from bench.timing import interleaved
 from palp_fast import backend
 from palp_fast.sampler import MODES, TimestepSampler
@@ -37,10 +37,8 @@ def check(samplers: dict[str, TimestepSampler], batch: int, number: torch.Tensor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each mode and batch")
-    args = parser.parse_args()
+    args = options(__doc__)
+    results = Results("sampler", args.device)
     compiled = backend.select("timestep_sample", torch.device(args.device), args.device)
     number = torch.tensor(3, device=args.device)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; us: median (20th, 80th percentile)")
@@ -49,7 +47,11 @@ def main() -> None:
             alphas = ALPHAS.to(args.device)
             samplers = {name: TimestepSampler(alphas, mode, backend=name) for name in ("reference", compiled)}
             check(samplers, batch, number)
-            report(mode, batch, timed(samplers, batch, number, args))
+            rows = timed(samplers, batch, number, args)
+            results.add(f"{mode}, batch {batch}", rows)
+            report(mode, batch, rows)
+    if args.record:
+        results.write()
 
 
 def timed(samplers: dict[str, TimestepSampler], batch: int, number: torch.Tensor, args) -> dict:

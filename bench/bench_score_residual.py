@@ -30,6 +30,5 @@ def case(shape: tuple, dtype: torch.dtype, device: str) -> Case:
 
 if __name__ == "__main__":
     chosen = options(__doc__)
-    torch.set_num_threads(chosen.threads)
     cases = (case(shape, dtype, chosen.device) for shape, dtype in grid(SHAPES, DTYPES))
-    report(cases, chosen.device, chosen.seconds, TOLERANCE)
+    report("score_residual", cases, chosen, TOLERANCE)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from bench.results import Results
 from bench.timing import interleaved
 
 PROVIDERS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "reference")}  # by device
@@ -20,27 +21,33 @@ class Case:
 
 
 def options(what: str) -> argparse.Namespace:
-    """Command line of these benchmarks."""
-    parser = argparse.ArgumentParser(description=what)
+    """Command line of the benchmarks; sets the number of threads."""
+    parser = argparse.ArgumentParser(description=what.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=PROVIDERS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each row")
-    return parser.parse_args()
+    parser.add_argument("--record", action="store_true", help="write the rows to bench/results/")
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    return chosen
 
 
-def report(cases: Iterable[Case], device: str, seconds: float, tolerance: float) -> list[float]:
-    """Print a line per case; returns the ratios of medians, reference over compiled. Raises if a result is wrong."""
+def report(benchmark: str, cases: Iterable[Case], chosen: argparse.Namespace, tolerance: float) -> None:
+    """Print a line per case: times, and the ratio of medians, reference over compiled. Raises if a result is wrong."""
+    device, results = chosen.device, Results(benchmark, chosen.device)
     print(f"{'case':44} {device + ' us':>10} {'reference us':>13} {'GB/s':>7} {'ratio':>6}")
     ratios = []
     for case in cases:
         check(case, device, tolerance)
-        rows = interleaved({name: timed(case, name, device) for name in PROVIDERS[device]}, seconds)
+        rows = interleaved({name: timed(case, name, device) for name in PROVIDERS[device]}, chosen.seconds)
+        results.add(case.name, rows)
         mine, its = rows[device].median, rows["reference"].median
         ratios.append(its / mine)
         rate = case.nbytes / mine / 1e9
         print(f"{case.name:44} {mine * 1e6:10.1f} {its * 1e6:13.1f} {rate:7.1f} {ratios[-1]:6.2f}", flush=True)
     print(f"least ratio {min(ratios):.2f}")
-    return ratios
+    if chosen.record:
+        results.write()
 
 
 def timed(case: Case, backend: str, device: str) -> Callable[[], None]:
