@@ -173,7 +173,7 @@ def lora(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b:
 
 
 def _shape(name: str, value: Tensor, shape) -> None:
-    if tuple(value.shape) != tuple(shape):
+    if value.shape != shape:
         raise ValueError(f"{name} has shape {list(value.shape)}: allowed is {list(shape)}")
 
 

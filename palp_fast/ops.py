@@ -66,7 +66,12 @@ def _autograd(op, setup_context: Callable, backward: Callable, tracked: tuple[in
         return result
 
     def node_backward(ctx, *grads):
-        return None, None, *backward(ctx, *grads)
+        if all(grad is None for grad in grads):
+            return (None,) * (2 + len(tracked))
+        if torch.is_grad_enabled():  # create_graph
+            return None, None, *backward(ctx, *grads)
+        with torch._C._AutoDispatchBelowAutograd():
+            return None, None, *backward(ctx, *grads)
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(node_backward)}
     node = type(op._schema.name.replace("::", "_"), (torch.autograd.Function,), members)

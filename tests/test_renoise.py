@@ -122,6 +122,15 @@ def test_sizes_around_a_tile_in_memory_full_of_nan(device, variant, dtype):
             assert_close(mine, its, 2e-6, f"{size} elements")
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_images(device, dtype):
+    """A result of more than 4 MiB, which lies on large pages where the system has them."""
+    values = images(dtype, (3, 4, 384, 384))[:3]
+    made = run(*(value.to(device) for value in values), copies=3, backend=library_on(device))
+    assert_close(made, run(*values, copies=3, backend="reference"), 2e-6)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [0.0, -0.0, 1e-7, 5.9e-8, 2.9e-8, 65504.0, 65520.0, 65519.9, 1e9, 3.4e38, 1e-40])
 def test_rounding_to_sixteen_bits_is_pytorchs(backend, bad):

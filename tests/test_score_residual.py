@@ -3,6 +3,7 @@
 import pytest
 import torch
 from close import BACKENDS, DEVICES, NEEDS_LIBRARY, assert_as_good, assert_close, library_on
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from palp_fast import functional as PF
 
@@ -209,6 +210,15 @@ def test_bool_mask_and_expanded_prediction():
     assert_close(run(values, "auto")[2], formula(values, 15.0, 7.5)[2], 5e-6)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_large_images(device):
+    """Results of more than 4 MiB, which lie on large pages where the system has them."""
+    values = images(shape=(2, 4, 384, 384))
+    made = run([value.to(device) for value in values], library_on(device))
+    for mine, its in zip(made, run(values, "reference")):
+        assert_close(mine, its, 2e-6)
+
+
 def test_thread_count_does_not_matter():
     values = images(shape=(4, 4, 64, 64))
     before = torch.get_num_threads()
@@ -236,6 +246,29 @@ def test_nothing_but_pred_gets_a_gradient():
     loss.backward()
     assert values[0].grad is not None
     assert all(value.grad is None for value in [*values[1:], *(v for v in options.values() if torch.is_tensor(v))])
+
+
+def test_backward_is_one_operator():
+    """Results without a gradient cost nothing: torch would make zeros for each of them."""
+    values = images()
+    pred = values[0].requires_grad_()
+    loss, _ = PF.score_residual(pred, *values[1:], alpha=3.0, beta=2.0)
+    upstream = torch.ones(())
+    with Recorder() as recorder:
+        torch.autograd.grad(loss, pred, upstream)
+    assert recorder.names == ["palp_fast.score_combination_bwd.default"]
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def test_second_derivatives_are_refused():

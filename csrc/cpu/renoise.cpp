@@ -1,6 +1,23 @@
+#include <cstring>
+
 #include "tile.h"
 
 namespace palp_fast::cpu::PALP_LEVEL {
+namespace {
+
+// Rounds into the first copy; the others are copied from there while it is in the first cache.
+template <typename Real>
+void store_copies(const Real* values, const RenoiseParams& params, Tile tile) {
+  const Shape& shape = params.shape;
+  store(values, params.out, shape, tile, tile.sample);
+  const int64_t size = size_of(params.out.dtype), apart = shape.numel() * size;
+  char* const first = static_cast<char*>(params.out.data) + (tile.sample * shape.image() + tile.first) * size;
+  for (int64_t copy = 1; copy < params.copies; ++copy) {
+    std::memcpy(first + copy * apart, first, size_t(tile.count * size));
+  }
+}
+
+}  // namespace
 
 template <typename Real>
 void renoise_fwd(const RenoiseParams& params, ParallelFor parallel) {
@@ -17,9 +34,7 @@ void renoise_fwd(const RenoiseParams& params, ParallelFor parallel) {
     } else {
       for (int64_t i = 0; i < tile.count; ++i) out[i] = factors.apply(x[i], eps[i], noise[i]);
     }
-    for (int64_t copy = 0; copy < params.copies; ++copy) {
-      store(out, params.out, shape, tile, copy * shape.batch + tile.sample);
-    }
+    store_copies(out, params, tile);
   });
 }
 

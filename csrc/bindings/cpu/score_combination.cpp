@@ -2,6 +2,7 @@
 #include "../score_combination.h"
 
 #include "../../cpu/kernels.h"
+#include "huge_pages.h"
 
 namespace palp_fast::bindings {
 namespace {
@@ -27,7 +28,8 @@ Results forward(const ScoreArguments& arguments) {
   ScoreResults<Real> out(arguments.pred, params.shape);
   std::vector<ScoreSums<double>> tiles(params.shape.batch * cpu::tiles_per_image(params.shape));
   const auto& kernels = cpu::kernels().image<Real>();
-  kernels.score_combination_fwd(params, out.values(out.gradient), tiles.data(), parallel_for);
+  Real* const gradient = static_cast<Real*>(large_out_of(out.gradient).data);
+  kernels.score_combination_fwd(params, gradient, tiles.data(), parallel_for);
   finish(params, tiles, out.values(out.loss), out.values(out.stats));
   return {out.loss, out.stats, out.gradient};
 }
@@ -48,7 +50,7 @@ Tensor backward(const Tensor& grad_output, const Tensor& gradient, ScalarType dt
   const Real factor = score_backward_factor<Real>(scalar_of(grad_output, gradient, "grad_output"), shape);
   const Tensor out = empty_image(gradient, shape, dtype);
   const ImageView view = view_of(gradient, gradient, shape, "gradient");
-  cpu::kernels().image<Real>().score_combination_bwd(shape, view, factor, out_of(out), parallel_for);
+  cpu::kernels().image<Real>().score_combination_bwd(shape, view, factor, large_out_of(out), parallel_for);
   return out;
 }
 

@@ -9,6 +9,8 @@ namespace palp_fast {
 
 enum class DType { float16, bfloat16, float32, float64 };
 
+PALP_INLINE int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
 struct Shape {
   int64_t batch = 0, channels = 0, height = 0, width = 0;
 
