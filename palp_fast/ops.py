@@ -62,6 +62,7 @@ def _autograd(op, setup_context: Callable, backward: Callable, tracked: tuple[in
 
     def forward(ctx, keyset, args, *_):
         result = run(keyset, args)
+        ctx.set_materialize_grads(False)  # else zeros would be made for results that have no gradient
         setup_context(ctx, args, result)
         return result
 
