@@ -1,5 +1,6 @@
 # make demo   sets up .venv, trains DreamBooth and PALP on one subject, and writes the comparison picture
 # make test   sets up .venv and runs all tests
+# make gpu    on a machine with an NVIDIA card and nvcc: GPU tests, compute-sanitizer, benchmark rows
 #
 # On Linux the default torch brings its CUDA libraries (some gigabytes). On a machine without an NVIDIA card, name the
 # index of CPU builds that pytorch.org's "Get started" shows:
@@ -14,7 +15,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test
+.PHONY: demo test gpu
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -22,6 +23,17 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(PY) -m pytest tests
+
+GPU_TESTS := $(addprefix tests/test_,optim_cuda add_noise sampler renoise score_residual).py
+gpu: export PALP_FAST_CUDA := 1
+gpu: export PALP_FAST_NEED_GPU := 1
+gpu: $(VENV)/installed
+	$(PIP) install --no-build-isolation -e ".[test]"
+	$(PY) -m pytest tests
+	for tool in memcheck racecheck initcheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) -m pytest -x $(GPU_TESTS) -k cuda || exit 1; done
+	for name in score_residual renoise add_noise sampler optim; do \
+	  $(PY) -m bench.bench_$$name --device cuda --record || exit 1; done
 
 $(VENV)/torch:
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)

@@ -5,6 +5,7 @@ Bytes per element: gradient read, parameter read and written (12), moments read 
 bitsandbytes is timed where it is installed.
 """
 
+import statistics
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,7 @@ from bench.results import Results
 from bench.timing import interleaved
 from palp_fast import optim
 
+MOST_OVER_COPY = 1.5
 RANK, CONTEXT = 32, 768
 BLOCKS = {320: 5, 640: 5, 1280: 6}  # width -> transformer blocks
 BYTES = {"AdamW8bit": 16, "Lion8bit": 14}  # per element; 28 with two moments in fp32
@@ -60,6 +62,42 @@ def finished(step: Callable[[], object], device: str) -> Callable[[], object]:
     return run
 
 
+def copy_bandwidth() -> float:
+    """Bytes per second of a device-to-device copy, read and written."""
+    source = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / device_seconds(lambda: target.copy_(source))
+
+
+def device_seconds(run: Callable[[], object], rounds: int = 50) -> float:
+    """Median seconds on the device, by events."""
+    run()
+    times = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def replay() -> bool:
+    """AdamW8bit with the norm as a CUDA graph against the time to stream its bytes; False if above MOST_OVER_COPY."""
+    params = parameters("cuda")
+    optim.AdamW8bit(parameters("cuda")).step()  # loads the kernels
+    optimizer = optim.AdamW8bit(params, max_grad_norm=1.0, capturable=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    elements = sum(param.numel() for param in params)
+    nbytes = (BYTES["AdamW8bit"] + 4) * elements  # the norm reads the gradients, too
+    seconds, least = device_seconds(graph.replay), nbytes / copy_bandwidth()
+    print(f"replay of a step with norm: {seconds * 1e6:.1f} us, {seconds / least:.2f}x the time to copy its bytes")
+    return seconds <= MOST_OVER_COPY * least
+
+
 if __name__ == "__main__":
     chosen = options(__doc__)
     elements = sum(rows * columns for rows, columns in shapes())
@@ -75,3 +113,5 @@ if __name__ == "__main__":
         print(f"{name:24} {times} {rate:7.1f} {row.median / base:10.3f}")
     if chosen.record:
         results.write()
+    if chosen.device == "cuda" and not replay():
+        raise SystemExit(f"slower than {MOST_OVER_COPY}x the copy")

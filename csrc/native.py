@@ -24,6 +24,7 @@ _V4 = [*_V3, *(f"-mavx512{part}" for part in ("f", "bw", "cd", "dq", "vl"))]
 LEVELS = {"unix": {"base": [], "v3": _V3, "v4": _V4}, "msvc": {"base": [], "v3": ["/arch:AVX2"], "v4": ["/arch:AVX512"]}}
 
 CUDA_TARGETS = (75, 80, 86, 89, 90, 120)
+PTX_TARGETS = (90, 120)  # compiled by the driver for what comes after each
 # Contraction off: the CPU's results to the last bit, where only + - * / and square roots are involved.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v"]
 RESOURCES = "cuda_resources.txt"
@@ -38,9 +39,15 @@ def has_levels() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "darwin"
 
 
-def build_cpu(compiler, torch: Path, work: Path, folder: Path) -> None:
+def _require(torch: Path | None) -> Path:
+    if torch is None:
+        raise BuildProblem("no torch >= 2.10 with its headers was found")
+    return torch
+
+
+def build_cpu(compiler, torch: Path | None, work: Path, folder: Path) -> None:
     """libpalp_fast_cpu into `folder`. compiler: a distutils compiler. Raises BuildProblem with the reason."""
-    kind = compiler.compiler_type
+    torch, kind = _require(torch), compiler.compiler_type
     levels = LEVELS.get(kind, {"base": []}) if has_levels() else {"base": []}
     macros = [*MACROS, *([("PALP_FAST_LEVELS", None)] if has_levels() else [])]
     kernels = [path for path in sorted((ROOT / "cpu").glob("*.cpp")) if path.name != "dispatch.cpp"]
@@ -53,7 +60,7 @@ def build_cpu(compiler, torch: Path, work: Path, folder: Path) -> None:
     _link(compiler, objects, folder / LIBRARIES["cpu"], ["torch_cpu"], [str(torch / "lib")])
 
 
-def build_cuda(compiler, torch: Path, work: Path, folder: Path) -> None:
+def build_cuda(compiler, torch: Path | None, work: Path, folder: Path) -> None:
     """libpalp_fast_cuda into `folder`, for every target, whether or not a GPU or a CUDA build of torch is here.
 
     PALP_FAST_CUDA=0 skips it; =1 demands it: then SystemExit with the compiler's message instead of BuildProblem.
@@ -62,7 +69,7 @@ def build_cuda(compiler, torch: Path, work: Path, folder: Path) -> None:
     if wish == "0":
         raise BuildProblem("PALP_FAST_CUDA=0")
     try:
-        _build_cuda(compiler, torch, work, folder)
+        _build_cuda(compiler, _require(torch), work, folder)
     except BuildProblem as problem:
         if wish == "1":
             raise SystemExit(f"PALP_FAST_CUDA=1, but the CUDA library was not built: {problem}") from None
@@ -74,6 +81,7 @@ def _build_cuda(compiler, torch: Path, work: Path, folder: Path) -> None:
     if nvcc is None:
         raise BuildProblem("nvcc was not found (PATH, CUDA_HOME)")
     toolkit = toolkit_folder(nvcc)
+    runtime = _runtime_folder(toolkit)
     work.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(lambda source: _nvcc(nvcc, source, work), sorted((ROOT / "cuda").glob("*.cu"))))
@@ -82,7 +90,6 @@ def _build_cuda(compiler, torch: Path, work: Path, folder: Path) -> None:
     include = [str(path) for path in (ROOT / "include", torch / "include", toolkit / "include")]
     jobs = [(path, work, [], MACROS) for path in sorted((ROOT / "bindings" / "cuda").glob("*.cpp"))]
     objects += _compile(compiler, jobs, include)
-    runtime = next(path for name in ("lib64", "lib", "lib/x64") if (path := toolkit / name).is_dir())
     libraries = ["torch_cpu", "cudart_static", *([] if sys.platform == "win32" else ["dl", "rt", "pthread"])]
     _link(compiler, objects, folder / LIBRARIES["cuda"], libraries, [str(torch / "lib"), str(runtime)])
 
@@ -103,12 +110,25 @@ def toolkit_folder(nvcc: Path) -> Path:
     raise BuildProblem(f"{nvcc} --dryrun names no toolkit folder: {run.stderr.strip()[-500:]}")
 
 
+def _runtime_folder(toolkit: Path) -> Path:
+    """Where the static CUDA runtime lies. Raises BuildProblem."""
+    for name in ("lib64", "lib/x64", "lib"):
+        if any((toolkit / name / file).is_file() for file in ("libcudart_static.a", "cudart_static.lib")):
+            return toolkit / name
+    raise BuildProblem(f"{toolkit} has no static CUDA runtime (cudart_static)")
+
+
 def _nvcc(nvcc: Path, source: Path, work: Path) -> tuple[str, str]:
     """(object file, what ptxas reports of its kernels)."""
     target = work / f"{source.stem}.cu.o"
-    codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in CUDA_TARGETS]
-    codes.append(f"-gencode=arch=compute_{CUDA_TARGETS[-1]},code=compute_{CUDA_TARGETS[-1]}")
-    host = [] if sys.platform == "win32" else ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    known = [number for number in CUDA_TARGETS if f"sm_{number}" in listed]  # an older nvcc knows fewer
+    if not known:
+        raise BuildProblem(f"{nvcc} compiles for none of sm_{', sm_'.join(map(str, CUDA_TARGETS))}")
+    codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in known]
+    forward = {known[-1], *PTX_TARGETS} & set(known)
+    codes += [f"-gencode=arch=compute_{number},code=compute_{number}" for number in sorted(forward)]
+    host = ["-Xcompiler", "/MD" if sys.platform == "win32" else "-fPIC,-fvisibility=hidden"]
     command = [nvcc, *NVCC_FLAGS, *codes, *host, "-I", ROOT / "include", "-c", source, "-o", target]
     run = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if run.returncode:

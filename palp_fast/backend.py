@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,12 +86,26 @@ def obstacle(op: str, device: torch.device, name: str) -> str | None:
         return f"this version has no {name} operators"
     if device.type != name:
         return f"the {TITLES[name]} library serves {name} tensors, not {device.type}"
+    if name == "cuda" and not torch.compiler.is_compiling() and (reason := _launch_problem(device)):
+        return reason
     if op not in COMPILED[name]:
         return f"no {TITLES[name]} version of {op} in this version"
     if _problems[name] is None and op not in _served[name]:
         library = f"the {TITLES[name]} library {LIBRARIES[name].name}"
         return f"{library} is of a version without {op}: install palp_fast again"
     return _problems[name]
+
+
+@lru_cache
+def _launch_problem(device: torch.device) -> str | None:
+    """Why no kernel of the loaded CUDA library runs on this device: one is tried, once. None where there is no GPU."""
+    if _problems["cuda"] is not None or not torch.cuda.is_available():
+        return None
+    try:
+        torch.ops.palp_fast.write_words(torch.empty(1, dtype=torch.int64, device=device), [0])
+    except RuntimeError as error:
+        return f"the CUDA library does not run on {torch.cuda.get_device_name(device)}: {str(error).splitlines()[0]}"
+    return None
 
 
 def report(devices: tuple[str, ...] = ("cpu", "cuda")) -> list[Row]:

@@ -81,6 +81,12 @@ def vector(name: str, value: Tensor, like: Tensor) -> None:
     _device(name, value, like)
 
 
+def fractions(name: str, value: Tensor) -> None:
+    """As `alphas`, in the fastest way for a handful of values."""
+    if _can_read(value) and not all(0 < number <= 1 for number in value.tolist()):
+        alphas(name, value)
+
+
 def alphas(name: str, value: Tensor) -> None:
     """Values in (0, 1], where they can be read."""
     if _can_read(value):

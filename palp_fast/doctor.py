@@ -14,20 +14,22 @@ OPTIONAL = {
     "peft": "loading LoRA files by diffusers' own loader; without it, our layers draw the same",
     "pillow_heif": "reading HEIC photos from phones (pip install pillow-heif)",
     "accelerate": "faster loading of models with less memory",
-    "triton": "nothing in this version; GPU operators run on the PyTorch reference",
-    "bitsandbytes": "nothing; 8-bit optimizers are built in",
+    "triton": "nothing in this version",
+    "bitsandbytes": "nothing but a comparison in tests and benchmarks; 8-bit optimizers are built in",
     "xformers": "nothing; attention runs on PyTorch's own",
 }
 
 
-def report() -> str:
-    """The doctor's text: sections of indented lines."""
+def report(optimizer=None) -> str:
+    """The doctor's text: sections of indented lines. optimizer: one of palp_fast.optim, whose state is told too."""
     sections = {
         "versions": _versions(),
         "devices": _devices(),
         "operators": _operators(),
         "optional packages": _optional(),
     }
+    if optimizer is not None:
+        sections["optimizer state"] = [optimizer.kept_in_32_bits() or "8 bits for every tensor"]
     return "\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in sections.items())
 
 

@@ -1,4 +1,7 @@
-"""FLOP formulas for torch.utils.flop_counter, which cannot see into an operator. Matrix products only, as for aten."""
+"""What operators cost: FLOP formulas for torch.utils.flop_counter, which cannot see into them, and bytes moved.
+
+FLOPs count matrix products only, as torch does for its own operators.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,28 @@ def lora_linear_bwd_flop(
 def _elementwise(*_, out_shape=None, **__) -> int:
     """No matrix product: 0, as torch counts its own pointwise operators."""
     return 0
+
+
+def bytes_moved(op, args: tuple, results: object) -> int:
+    """Least bytes that a call moves: its tensors read once, its results and the tensors that it changes written once.
+
+    op: an overload, torch.ops.palp_fast.renoise.default; args: all of its arguments, in order.
+    """
+    total = sum(map(_nbytes, _tensors(results)))
+    for argument, value in zip(op._schema.arguments, args, strict=True):
+        changed = argument.alias_info is not None and argument.alias_info.is_write
+        total += sum(map(_nbytes, _tensors(value))) * (2 if changed else 1)
+    return total
+
+
+def _tensors(value: object) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (list, tuple)) else []
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 _PAIRS = [name + suffix for name in ("score_combination", "renoise", "add_noise") for suffix in ("", "_bwd")]

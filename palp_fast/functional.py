@@ -141,8 +141,8 @@ def renoise(
 
         x0_hat = (x_t - s_t eps_pred) / a_t,   x_hat = a_u x0_hat + s_u eps'
 
-    with a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar). x_t, eps_pred, noise: [B, C, H, W]. alpha_bar: [B], that of t.
-    alpha_bar_new: [B], that of u, or None for u = t (then nothing is divided by a_t). eps' is noise_new, or noise.
+    with a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar). x_t, eps_pred, noise: [B, C, H, W]. alpha_bar: [B], that of t,
+    in (0, 1]. alpha_bar_new: [B], that of u, or None for u = t (then nothing is divided by a_t). eps' is noise_new, or noise.
 
     Returns [copies B, C, H, W] contiguous, the batch repeated `copies` times, in `dtype` (None: that of x_t).
     Gradients flow to x_t, eps_pred and eps'. Raises TypeError or ValueError for bad arguments, RuntimeError if
@@ -151,8 +151,10 @@ def renoise(
     _checks.image("x_t", x_t)
     _checks.image_like("eps_pred", eps_pred, x_t)
     _checks.image_like("noise", noise, x_t)
-    _checks.per_sample("alpha_bar", alpha_bar, x_t, required=True)
-    _checks.per_sample("alpha_bar_new", alpha_bar_new, x_t)
+    for name, value in (("alpha_bar", alpha_bar), ("alpha_bar_new", alpha_bar_new)):
+        _checks.per_sample(name, value, x_t, required=name == "alpha_bar")
+        if value is not None:
+            _checks.fractions(name, value)
     if noise_new is not None:
         _checks.image_like("noise_new", noise_new, x_t)
         noise = noise_new

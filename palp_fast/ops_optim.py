@@ -67,16 +67,3 @@ _library.define(
     "optimizer_step(int rule, Tensor tensors, Tensor gradients, Tensor groups, Tensor owner, Tensor(a!) work, "
     "Tensor(b!) skipped, Tensor? grad_scale, Tensor? found_inf, float max_norm) -> Tensor"
 )
-
-
-def step_bytes(params: list[Tensor], grads: list[Tensor], moments: int, bits: int, block_size: int) -> int:
-    """Bytes that one step must move: gradients read twice (norm, update), parameters and state read and written once.
-
-    moments: 2 for AdamW, 1 for Lion; bits of their state: 8 (with a scale of 4 bytes per block) or 32.
-    """
-    total = 0
-    for param, grad in zip(params, grads):
-        state = param.numel() * bits // 8 + (4 * -(-param.numel() // block_size) if bits == 8 else 0)
-        total += 2 * grad.numel() * grad.element_size() + 2 * param.numel() * param.element_size()
-        total += 2 * moments * state
-    return total

@@ -57,8 +57,15 @@ class FlatOptimizer(torch.optim.Optimizer):
         """Drop what is made from parameters, groups and state when it is needed."""
         self._flat: dict[int, list[FlatState]] = {}
         self._table: StepTable | None = None
+        self._kept: list[tuple] = []
         self._rates: dict[torch.device, Tensor] = {}
         self._sent_rates: list[float] | None = None
+
+    def _drop_table(self) -> None:
+        """Forget the table; what a captured graph points to stays alive."""
+        if self._table is not None and self._table.captured:
+            self._kept.append((self._table, self._rates, dict(self._flat)))
+        self._table = None
 
     def add_param_group(self, param_group: dict) -> None:
         """As torch.optim; the group's hyperparameters are checked."""
@@ -68,7 +75,8 @@ class FlatOptimizer(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        self._table, self._rates, self._sent_rates = None, {}, None
+        self._drop_table()
+        self._rates, self._sent_rates = {}, None
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -147,12 +155,18 @@ class FlatOptimizer(torch.optim.Optimizer):
             compiled = backends.select(self.RULE, device, self.backend) != "reference"
             together = all(state.device == device for state in flat)
             compiled = compiled and together and serves([*self._parameters(), *self.shadows.values()])
+            self._drop_table()
+            if compiled:
+                _check_shadows(self.shadows, self._parameters())
             self._table = StepTable(flat, [group for group, _ in states], self.shadows) if compiled else None
         return self._table
 
     def _send_rates(self, states: list[tuple[int, FlatState]], capturing: bool = False) -> None:
         """Hyperparameters to fp64 [groups, 5] on each device of the state; in a graph only lr that is there already."""
-        for device in {state.device for _, state in states} - set(self._rates):
+        devices = {state.device for _, state in states}
+        if devices < set(self._rates):
+            self._rates = {device: self._rates[device] for device in devices}
+        for device in devices - set(self._rates):
             self._rates[device] = torch.zeros(len(self.param_groups), 5, dtype=torch.float64, device=device)
             self._sent_rates = None
         tensors, values = {}, []
@@ -169,7 +183,7 @@ class FlatOptimizer(torch.optim.Optimizer):
             self._sent_rates = values
         for index, lr in tensors.items():
             for rates in self._rates.values():
-                rates[index, 0].copy_(lr)
+                rates[index, 0].copy_(lr.reshape(()))
 
     def _states(self) -> list[tuple[int, FlatState]]:
         """(group index, state): of each group its 8-bit tensors and, if the caller set min_8bit_size, 32-bit ones."""
@@ -177,11 +191,15 @@ class FlatOptimizer(torch.optim.Optimizer):
             for index, group in enumerate(self.param_groups):
                 states = self._flat.get(index)
                 if states is None or any(p.device != state.device for state in states for p in state.params):
+                    self._drop_table()
                     self._flat[index] = self._new_states(group)
-                    self._table = None
+                for state in self._flat[index]:
+                    state.check_sizes()
         found = [(index, state) for index in range(len(self.param_groups)) for state in self._flat[index]]
         if found and not isinstance(self.skipped_steps, Tensor):
-            self.skipped_steps = torch.full((), self.skipped_steps, dtype=torch.int64, device=found[0][1].device)
+            self.skipped_steps = torch.full((), self.skipped_steps, dtype=torch.int64)
+        if found:
+            self.skipped_steps = self.skipped_steps.to(found[0][1].device)
         return found
 
     def _new_states(self, group: dict) -> list[FlatState]:
@@ -235,8 +253,8 @@ class FlatOptimizer(torch.optim.Optimizer):
         layout = [(state.params, len(state.moments["exp_avg"]) == 2, state.size) for state in self._flat.get(index, ())]
         wanted = [(params, quantised, group["block_size"]) for params, quantised in self._parts(group)]
         if not _same_layout(layout, wanted):
+            self._drop_table()
             self._flat.pop(index, None)
-            self._table = None
             self.state.update({param: dict(given[param]) for param in group["params"] if param in given})
             return
         for state in self._flat[index]:
@@ -264,10 +282,16 @@ class FlatOptimizer(torch.optim.Optimizer):
     def __repr__(self) -> str:
         if self.SHAPED:
             return super().__repr__()
+        note = self.kept_in_32_bits()
+        return f"{super().__repr__()}\n{note}" if note else super().__repr__()
+
+    def kept_in_32_bits(self) -> str:
+        """How many tensors `min_8bit_size` keeps from 8 bits, in words; "" if none."""
+        if self.SHAPED:
+            return f"all {len(self._parameters())} tensors have 32-bit state"
         params = [(param, group["min_8bit_size"]) for group in self.param_groups for param in group["params"]]
         kept = [param.numel() for param, least in params if param.numel() < least]
-        note = f"{len(kept)} of {len(params)} tensors ({sum(kept)} elements) keep 32-bit state"
-        return f"{super().__repr__()}\n{note}" if kept else super().__repr__()
+        return f"{len(kept)} of {len(params)} tensors ({sum(kept)} elements) keep 32-bit state" if kept else ""
 
 
 def _same_layout(left: list[tuple], right: list[tuple]) -> bool:
@@ -285,10 +309,10 @@ def _check_group(group: dict) -> None:
     for name in ("lr", "eps", "weight_decay"):
         value = group.get(name, 0.0)
         # The value of a tensor on another device is not read.
-        if not (isinstance(value, Tensor) and value.device.type != "cpu") and not value >= 0:
-            raise ValueError(f"{name}={value}: allowed is a number >= 0")
+        if not (isinstance(value, Tensor) and value.device.type != "cpu") and not 0 <= value < float("inf"):
+            raise ValueError(f"{name}={value}: allowed is a finite number >= 0")
     betas = group["betas"]
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+    if not isinstance(betas, (list, tuple)) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas={betas}: allowed are two numbers in [0, 1)")
     size = group["block_size"]
     if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size & (size - 1):

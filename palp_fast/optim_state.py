@@ -21,7 +21,8 @@ class FlatState:
     ) -> None:
         """moments: name -> signed."""
         self.params, self.size, self.device, self.shaped = params, size, params[0].device, shaped
-        self.rows = [-(-param.numel() // size) for param in params]
+        self.sizes = [param.numel() for param in params]
+        self.rows = [-(-count // size) for count in self.sizes]
         self.starts = [sum(self.rows[:index]) for index in range(len(params))]
         self.signs = moments
         self.moments = {name: self._new_moment(signed, quantised) for name, signed in moments.items()}
@@ -46,6 +47,12 @@ class FlatState:
         param = self.params[index]
         rows = tensor[self.starts[index] : self.starts[index] + self.rows[index]]
         return rows.view(-1)[: param.numel()].view(param.shape) if self.shaped else rows
+
+    def check_sizes(self) -> None:
+        """Raises ValueError if a parameter has another number of elements than when this state was made."""
+        for index, (param, count) in enumerate(zip(self.params, self.sizes)):
+            if param.numel() != count:
+                raise ValueError(f"parameter {index} has {param.numel()} elements: allowed are {count}, as in its state")
 
     def adopt(self, index: int, state: dict[str, Tensor]) -> None:
         """Copy saved state of one parameter. Raises ValueError if it is of another layout."""

@@ -41,14 +41,20 @@ class StepTable:
         self._words: list[int] | None = None
         self._captured: list[Tensor] = []
 
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph holds its addresses."""
+        return bool(self._captured)
+
     def fits(self) -> bool:
         """Whether parameters and shadows still lie where the table says."""
         return self._layout == self._seen()
 
     def _seen(self) -> list:
-        """Address, layout and type of what the table points to."""
+        """Address, size, layout and type of what the table points to."""
         tensors = [*self.params, *self._written]
-        return [*map(Tensor.data_ptr, tensors), *map(Tensor.is_contiguous, tensors), *(t.dtype for t in tensors)]
+        asked = (Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous)
+        return [value for method in asked for value in map(method, tensors)] + [tensor.dtype for tensor in tensors]
 
     def _rows(self, states: list[FlatState], groups: list[int]) -> tuple[list[list[int]], list[int]]:
         """(twelve words per tensor, chunks per tensor)."""

@@ -1,5 +1,6 @@
 """The one comparison helper: relative L2 error against a truth, with figures that say how two tensors differ."""
 
+import os
 import shutil
 
 import pytest
@@ -14,7 +15,14 @@ _obstacle = next(filter(None, _reasons), None)
 # Where a compiler is found, these tests run all the same and fail with the reason: there the library must serve.
 NEEDS_LIBRARY = pytest.mark.skipif(_obstacle is not None and _compiler is None, reason=f"no C++ compiler: {_obstacle}")
 BACKENDS = ["reference", pytest.param("cpu", marks=NEEDS_LIBRARY)]
-NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+# With PALP_FAST_NEED_GPU=1 (make gpu) a missing device is a failure, not a reason to skip.
+_without_gpu = not torch.cuda.is_available() and os.environ.get("PALP_FAST_NEED_GPU") != "1"
+NEEDS_CUDA = pytest.mark.skipif(_without_gpu, reason="no CUDA device")
+_cuda_note = backend.LIBRARY_FOLDER / "build_cuda.txt"
+_cuda_note = _cuda_note.read_text() if _cuda_note.exists() else ""
+# A build that was told to do without, or had no nvcc, is no failure; one that failed is.
+NEEDS_CUDA_LIBRARY = pytest.mark.skipif(
+    "PALP_FAST_CUDA=0" in _cuda_note or "nvcc was not found" in _cuda_note, reason=f"not built: {_cuda_note.strip()}")
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)]
 
 

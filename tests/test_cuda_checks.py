@@ -1,14 +1,12 @@
 """Bad arguments of the CUDA library, without a GPU: its kernels, asked for by dispatch key, get tensors elsewhere."""
 
-import shutil
-
 import pytest
 import torch
 
-from palp_fast import backend, ops  # noqa: F401  (ops loads the library)
+from close import NEEDS_CUDA_LIBRARY
+from palp_fast import ops  # noqa: F401  (loads the library)
 
-pytestmark = pytest.mark.skipif(
-    not backend.LIBRARIES["cuda"].exists() and shutil.which("nvcc") is None, reason="no nvcc")
+pytestmark = NEEDS_CUDA_LIBRARY
 
 SHAPE = (3, 4, 6, 7)
 X = torch.ones(SHAPE)

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from palp_fast.optim import AdamW8bit, Lion8bit
+from palp_fast import doctor
+from palp_fast.optim import AdamW, AdamW8bit, Lion8bit
 from palp_fast.reference.blockwise import dynamic_levels
 
 OPTIMIZERS = (AdamW8bit, Lion8bit)
@@ -165,7 +166,10 @@ def test_min_8bit_size_is_told():
     assert optimizer.state[params[1]]["exp_avg"].dtype == torch.float32
     assert "exp_avg_codes" in optimizer.state[params[2]]
     assert "2 of 5 tensors (257 elements) keep 32-bit state" in repr(optimizer)
+    assert "2 of 5 tensors (257 elements) keep 32-bit state" in doctor.report(optimizer)
     assert "32-bit" not in repr(AdamW8bit(tensors()))
+    assert "8 bits for every tensor" in doctor.report(AdamW8bit(tensors()))
+    assert "all 5 tensors have 32-bit state" in doctor.report(AdamW(tensors()))
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -270,11 +274,14 @@ def test_half_precision_parameters_and_empty_ones():
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"lr": -1.0}, "lr"),
-        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"lr": -1.0}, "lr=-1.0: allowed is a finite number >= 0"),
+        ({"lr": float("nan")}, "lr=nan"),
+        ({"lr": float("inf")}, "lr=inf"),
+        ({"betas": (0.9, 1.0)}, "betas=.0.9, 1.0.: allowed are two numbers"),
+        ({"betas": 0.9}, "betas=0.9"),
         ({"eps": -1e-8}, "eps"),
         ({"weight_decay": -1.0}, "weight_decay"),
-        ({"block_size": 100}, "block_size"),
+        ({"block_size": 100}, "block_size=100: allowed is a power of two"),
         ({"min_8bit_size": -1}, "min_8bit_size"),
         ({"max_grad_norm": 0.0}, "max_grad_norm"),
     ],

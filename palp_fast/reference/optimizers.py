@@ -19,13 +19,14 @@ def grad_norm_ref(
     # fp64: the square of a large but finite fp32 gradient must not overflow.
     norms = [torch.linalg.vector_norm(grad.to(torch.float32), dtype=torch.float64) for grad in grads]
     norm = torch.linalg.vector_norm(torch.stack(norms))
-    finite, factor = norm.isfinite(), torch.ones_like(norm)
-    if found_inf is not None:
-        finite = finite & (found_inf.reshape(()) == 0)
+    factor = torch.ones_like(norm)
     if grad_scale is not None:
         factor = factor / grad_scale.reshape(()).double()
         norm = norm * factor
     factor = factor * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    finite = norm.isfinite() & factor.to(torch.float32).isfinite()
+    if found_inf is not None:
+        finite = finite & (found_inf.reshape(()) == 0)
     return norm.to(torch.float32), torch.stack([factor, finite.to(torch.float64)]).to(torch.float32)
 
 

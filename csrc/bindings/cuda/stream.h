@@ -24,7 +24,11 @@ inline cudaStream_t current_stream(int32_t device) {
 #ifdef _WIN32
   static const auto getter = reinterpret_cast<Getter>(GetProcAddress(GetModuleHandleA("torch_cuda.dll"), kName));
 #else
-  static const auto getter = reinterpret_cast<Getter>(dlsym(RTLD_DEFAULT, kName));
+  // Python loads torch's libraries without making their symbols global, so the one that has it is asked by name.
+  static const auto getter = [] {
+    void* const torch = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<Getter>(torch ? dlsym(torch, kName) : nullptr);
+  }();
 #endif
   STD_TORCH_CHECK(getter, "this torch has no ", kName, ": it is a build without CUDA");
   void* stream = nullptr;

@@ -101,10 +101,11 @@ PALP_INLINE Verdict judge(double sum_of_squares, const NormParams& params) {
   const double scale = params.grad_scale ? 1 / double(*params.grad_scale) : 1.0;
   const double norm = sqrt(sum_of_squares) * scale;
   const double clip = params.max_norm / (norm + 1e-6);  // as torch.nn.utils.clip_grad_norm_
-  const bool finite = sum_of_squares < double(INFINITY) && !(params.found_inf && *params.found_inf != 0);
+  const float factor = float(clip < 1 ? scale * clip : scale);
+  const bool finite = norm < double(INFINITY) && factor < INFINITY && !(params.found_inf && *params.found_inf != 0);
   *params.norm = float(norm);
   if (!finite && params.skipped) ++*params.skipped;
-  return Verdict{float(clip < 1 ? scale * clip : scale), finite ? 1.0f : 0.0f};
+  return Verdict{factor, finite ? 1.0f : 0.0f};
 }
 
 // base^exponent by squaring: the same number on every device, which a library's pow is not.
