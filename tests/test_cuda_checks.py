@@ -4,20 +4,15 @@ import pytest
 import torch
 
 from close import NEEDS_CUDA_LIBRARY
-from palp_fast import ops  # noqa: F401  (loads the library)
+from samples import BY_ADDRESS, SAMPLES, registered, tensors
 
 pytestmark = NEEDS_CUDA_LIBRARY
 
-SHAPE = (3, 4, 6, 7)
-X = torch.ones(SHAPE)
-VECTOR = torch.full((3,), 0.5)
-FLOAT = torch.float32
-
-CALLS = {
-    "renoise": ((X, X, X, VECTOR, None, 2, None), "x_t"),
-    "renoise_bwd": ((X, VECTOR, VECTOR, 1, FLOAT, FLOAT, FLOAT, FLOAT), "grad"),
-    "score_combination": ((X, X, [X, X], [1.0, -1.0], None, 0.5, VECTOR, None, X[:, :1]), "pred"),
-    "score_combination_bwd": ((torch.tensor(1.0), X, FLOAT), "gradient"),
+# The argument whose device decides.
+FIRST = {
+    "score_combination": "pred", "score_combination_bwd": "gradient", "renoise": "x_t", "renoise_bwd": "grad",
+    "add_noise": "x0", "add_noise_bwd": "grad", "timestep_sample": "residual_scale", "timestep_update": "counts",
+    "philox_words": "counters", "grad_norm": "grads", "adamw": "steps", "lion": "steps", "write_words": "out",
 }
 
 
@@ -27,24 +22,37 @@ def on_cuda(name: str, arguments: tuple):
     return op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *arguments)
 
 
-def moved(value, device: str, dtype: torch.dtype | None = None):
+def changed(value, change):
     if torch.is_tensor(value):
-        return value.to(device, dtype)
-    return [moved(item, device, dtype) for item in value] if isinstance(value, list) else value
+        return change(value)
+    return [changed(item, change) for item in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_tensors_elsewhere_are_refused(name, dtype):
-    arguments, first = CALLS[name]
-    with pytest.raises(RuntimeError, match=f"{first} is not on a cuda device"):
-        on_cuda(name, tuple(moved(value, "cpu", dtype) for value in arguments))
+def test_every_cuda_kernel_is_listed():
+    kernels = {name for name in registered()
+               if torch._C._dispatch_has_kernel_for_dispatch_key(f"palp_fast::{name}", "CUDA")}
+    assert kernels == FIRST.keys() | BY_ADDRESS
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_meta_and_empty_tensors_are_refused(name):
-    arguments, first = CALLS[name]
-    for device in ("cpu", "meta"):
-        nothing = tuple(value[:0] if torch.is_tensor(value) and value.dim() else value for value in arguments)
-        with pytest.raises(RuntimeError, match=f"{first} is not on a cuda device"):
-            on_cuda(name, tuple(moved(value, device) for value in nothing))
+CHANGES = {
+    "as they are": lambda tensor: tensor,
+    "fp64": lambda tensor: tensor.double() if tensor.is_floating_point() else tensor,
+    "meta": lambda tensor: tensor.to("meta"),
+    "empty": lambda tensor: tensor[:0] if tensor.dim() else tensor,
+    "empty on meta": lambda tensor: (tensor[:0] if tensor.dim() else tensor).to("meta"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", FIRST)
+def test_tensors_elsewhere_are_refused(name, change):
+    arguments = SAMPLES[name]()
+    assert tensors(arguments)
+    with pytest.raises(RuntimeError, match=f"{FIRST[name]} is not on a cuda device"):
+        on_cuda(name, tuple(changed(value, CHANGES[change]) for value in arguments))
+
+
+def test_step_by_address_is_refused_elsewhere():
+    words = torch.zeros(12, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="tensors is not on a cuda device"):
+        on_cuda("optimizer_step", (0, words, words, torch.zeros(1, 5).double(), words.int(), words, words[0], None, None, 1.0))

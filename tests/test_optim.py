@@ -291,6 +291,66 @@ def test_bad_arguments_are_named(options, name):
         AdamW8bit(tensors(), **options)
 
 
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_parameters_may_move_in_memory(kind):
+    params, twin_params = tensors(), tensors()
+    optimizer, twin = kind(params, lr=0.1), kind(twin_params, lr=0.1)
+    for step in range(3):
+        train(optimizer, params, 1, first=step)
+        train(twin, twin_params, 1, first=step)
+        for param in params:
+            param.data = param.data.clone()
+    assert same(params, twin_params)
+
+
+@pytest.mark.parametrize("size", [100, 600])
+def test_parameter_of_another_size_is_refused(size):
+    params = tensors()
+    optimizer = AdamW8bit(params)
+    train(optimizer, params, 1)
+    params[1].data = params[1].data[:size] if size < 256 else torch.zeros(size)
+    params[1].grad = torch.zeros(size)
+    with pytest.raises(ValueError, match=f"parameter 1 has {size} elements: allowed are 256"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_state_serves_another_backend_and_comes_back_from_a_file(kind, tmp_path):
+    params = tensors()
+    optimizer = kind(params, lr=0.1)
+    train(optimizer, params, 2)
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    other = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    restored = kind(other, lr=0.1, backend="reference")
+    restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for param, twin in zip(params, other):
+        left, right = optimizer.state[param], restored.state[twin]
+        assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_fp32_adamw_goes_on_from_torchs_state():
+    params, twin_params = tensors(), tensors()
+    theirs = torch.optim.AdamW(twin_params, lr=0.1)
+    train(theirs, twin_params, 2)
+    for param, twin in zip(params, twin_params):
+        param.data.copy_(twin.data)
+    ours = AdamW(params, lr=0.1)
+    ours.load_state_dict(theirs.state_dict())
+    train(ours, params, 2, first=2)
+    train(theirs, twin_params, 2, first=2)
+    torch.testing.assert_close(params, twin_params, rtol=1e-5, atol=1e-6)
+
+
+def test_scaler_that_is_not_finite_changes_nothing():
+    params = tensors()
+    optimizer, before = AdamW8bit(params), [param.detach().clone() for param in params]
+    set_grads(params, 0)
+    for scale in (0.0, float("nan")):
+        optimizer.grad_scale = torch.tensor(scale)
+        optimizer.step()
+    assert same(params, before) and optimizer.skipped_steps == 2
+
+
 def test_bad_shadows_are_named():
     param, half = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(4, dtype=torch.float16))
     copy16 = torch.empty(4, dtype=torch.bfloat16)

@@ -95,6 +95,56 @@ def test_compiled_step_is_the_reference(kind, dtype):
                 torch.testing.assert_close(value, reference.state[right][key], rtol=1e-5, atol=1e-12)
 
 
+@NEEDS_LIBRARY
+@pytest.mark.parametrize("size", [1, 64, 512, 8192])
+def test_blocks_of_other_sizes(size):
+    """A block may be longer than what the kernel holds at a time, and shorter than a vector."""
+    results = []
+    for name in ("cpu", "reference"):
+        params = [torch.nn.Parameter(tensor) for tensor in tensors(0, 1.0)[1:]]
+        optimizer = AdamW8bit(params, lr=1e-2, block_size=size, backend=name)
+        for step in range(3):
+            for param, grad in zip(params, tensors(step + 1, 1.0)[1:]):
+                param.grad = grad
+            optimizer.step()
+        states = [optimizer.state[param] for param in params]
+        results.append((params, [state[f"{moment}_codes"] for state in states for moment in ("exp_avg", "exp_avg_sq")]))
+    (mine, codes), (its, its_codes) = results
+    torch.testing.assert_close(mine, its, rtol=1e-6, atol=1e-6)
+    off = torch.cat([levels_off(*pair).flatten() for pair in zip(codes, map(torch.Tensor.long, its_codes))])
+    assert off.max() <= 1 and (off > 0).double().mean() <= 1e-3
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_all_zero_block_has_scale_and_codes_of_zero(name):
+    param = torch.nn.Parameter(torch.ones(600))
+    param.grad = torch.cat([torch.zeros(256), torch.ones(344)])
+    optimizer = AdamW8bit([param], backend=name)
+    optimizer.step()
+    state = optimizer.state[param]
+    for moment, zero in (("exp_avg", 127), ("exp_avg_sq", 0)):
+        assert state[f"{moment}_scales"][0] == 0 and state[f"{moment}_scales"][1:].min() > 0
+        assert (state[f"{moment}_codes"][0] == zero).all()
+    assert torch.equal(param[:256].detach(), torch.full((256,), 1 - 1e-3 * 1e-2))
+
+
+@pytest.mark.parametrize("kind", [AdamW8bit, Lion8bit, AdamW])
+def test_thread_count_does_not_matter(kind):
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            params = [torch.nn.Parameter(tensor) for tensor in tensors(0, 1.0)]
+            optimizer = kind(params, lr=1e-2, max_grad_norm=0.1)
+            for param, grad in zip(params, tensors(1, 1.0)):
+                param.grad = grad
+            optimizer.step()
+            results.append([*params, optimizer.grad_norm])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(*pair) for other in results[1:] for pair in zip(results[0], other))
+
+
 def final_loss(make, noise: float) -> float:
     """Mean of the last 20 losses of 500 steps on a small regression whose targets hold that much noise (std)."""
     draw = torch.Generator().manual_seed(0)
