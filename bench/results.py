@@ -1,13 +1,13 @@
 """Measured rows as CSV under bench/results/, one file per benchmark and device, with what made them."""
 
 import csv
-import platform
 from pathlib import Path
 
 import torch
 
 from bench.timing import Row
 from palp_fast import __version__
+from palp_fast.doctor import cpu_name
 
 FOLDER = Path(__file__).parent / "results"
 COLUMNS = ("case", "provider", "median_us", "p20_us", "p80_us", "rounds", "device", "threads", "torch", "palp_fast")
@@ -18,7 +18,7 @@ class Results:
 
     def __init__(self, benchmark: str, device: str) -> None:
         self.rows: list[tuple] = []
-        self.device = torch.cuda.get_device_name() if device == "cuda" else processor()
+        self.device = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
         self.path = FOLDER / f"{benchmark}-{'-'.join(self.device.lower().split())}.csv"
         self.made_by = (self.device, torch.get_num_threads(), torch.__version__, __version__)
 
@@ -33,13 +33,3 @@ class Results:
         with self.path.open("w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *self.rows])
         print(f"written: {self.path}")
-
-
-def processor() -> str:
-    """Name of the CPU, as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.partition(":")[2] for line in info.read_text().splitlines() if line.startswith("model name")]
-        if names:
-            return " ".join(names[0].replace("(R)", "").replace("(TM)", "").split())
-    return platform.processor() or platform.machine()

@@ -51,7 +51,7 @@ def _devices() -> list[str]:
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability()
-    lines = [f"cpu: {_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {capability}"]
+    lines = [f"cpu: {cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {capability}"]
     if torch.version.cuda is None:
         return [*lines, "cuda: none; this build of torch has no CUDA"]
     if not torch.cuda.is_available():
@@ -63,7 +63,8 @@ def _devices() -> list[str]:
     return lines
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Name of the processor, as the system tells it."""
     if sys.platform.startswith("linux"):
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
