@@ -3,11 +3,13 @@
     python -m bench.bench_add_noise [--device cpu|cuda] [--seconds 2] [--record]
 """
 
+from functools import partial
+
 import torch
 
 from bench.elementwise import options
 from bench.results import Results
-from bench.timing import interleaved
+from bench.timing import interleaved, waiting
 from palp_fast import backend, functional
 
 SHAPES = [(batch, 4, side, side) for side in (64, 128) for batch in (4, 32)]
@@ -55,23 +57,12 @@ def main() -> None:
             x0, t = torch.randn(shape).to(args.device, dtype), torch.randint(1000, shape[:1]).to(args.device)
             values = (x0, t, ALPHAS.to(args.device))
             check(run, args.device, values)
-            rows = timed(run, values, args)
+            calls = {name: waiting(partial(function, *values), args.device) for name, function in run.items()}
+            rows = interleaved(calls, args.seconds)
             results.add(f"{list(shape)} {dtype}", rows)
             report(shape, dtype, rows)
     if args.record:
         results.write()
-
-
-def timed(run: dict, values: tuple, args) -> dict:
-    def waiting(function):
-        def call():
-            function(*values)
-            if args.device == "cuda":
-                torch.cuda.synchronize()
-
-        return call
-
-    return interleaved({name: waiting(function) for name, function in run.items()}, args.seconds)
 
 
 def report(shape: tuple[int, ...], dtype: torch.dtype, rows: dict) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from bench.elementwise import options
 from bench.results import Results
-from bench.timing import interleaved
+from bench.timing import interleaved, waiting
 from palp_fast import optim
 
 MOST_OVER_COPY = 1.5
@@ -50,16 +50,7 @@ def providers(device: str) -> dict[str, Callable[[], object]]:
         makers["bitsandbytes AdamW8bit"] = lambda params: bitsandbytes.optim.AdamW8bit(params, min_8bit_size=1)
     except ImportError:
         print("bitsandbytes is not installed: not timed")
-    return {name: finished(make(parameters(device)).step, device) for name, make in makers.items()}
-
-
-def finished(step: Callable[[], object], device: str) -> Callable[[], object]:
-    def run():
-        step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    return run
+    return {name: waiting(make(parameters(device)).step, device) for name, make in makers.items()}
 
 
 def copy_bandwidth() -> float:

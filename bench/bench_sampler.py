@@ -5,11 +5,13 @@
 Next to nothing is read or written (24 bytes a sample, 16 a bin): what counts is the time of a call.
 """
 
+from functools import partial
+
 import torch
 
 from bench.elementwise import options
 from bench.results import Results
-from bench.timing import interleaved
+from bench.timing import interleaved, waiting
 from palp_fast import backend
 from palp_fast.sampler import MODES, TimestepSampler
 
@@ -47,23 +49,12 @@ def main() -> None:
             alphas = ALPHAS.to(args.device)
             samplers = {name: TimestepSampler(alphas, mode, backend=name) for name in ("reference", compiled)}
             check(samplers, batch, number)
-            rows = timed(samplers, batch, number, args)
+            calls = {name: waiting(partial(step, one, batch, number), args.device) for name, one in samplers.items()}
+            rows = interleaved(calls, args.seconds)
             results.add(f"{mode}, batch {batch}", rows)
             report(mode, batch, rows)
     if args.record:
         results.write()
-
-
-def timed(samplers: dict[str, TimestepSampler], batch: int, number: torch.Tensor, args) -> dict:
-    def waiting(sampler):
-        def call():
-            step(sampler, batch, number)
-            if args.device == "cuda":
-                torch.cuda.synchronize()
-
-        return call
-
-    return interleaved({name: waiting(sampler) for name, sampler in samplers.items()}, args.seconds)
 
 
 def report(mode: str, batch: int, rows: dict) -> None:

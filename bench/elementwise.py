@@ -3,12 +3,13 @@
 import argparse
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bench.results import Results
-from bench.timing import interleaved
+from bench.timing import interleaved, waiting
 
 PROVIDERS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "reference")}  # by device
 
@@ -39,7 +40,7 @@ def report(benchmark: str, cases: Iterable[Case], chosen: argparse.Namespace, to
     ratios = []
     for case in cases:
         check(case, device, tolerance)
-        rows = interleaved({name: timed(case, name, device) for name in PROVIDERS[device]}, chosen.seconds)
+        rows = interleaved({name: waiting(partial(case.call, name), device) for name in PROVIDERS[device]}, chosen.seconds)
         results.add(case.name, rows)
         mine, its = rows[device].median, rows["reference"].median
         ratios.append(its / mine)
@@ -48,15 +49,6 @@ def report(benchmark: str, cases: Iterable[Case], chosen: argparse.Namespace, to
     print(f"least ratio {min(ratios):.2f}")
     if chosen.record:
         results.write()
-
-
-def timed(case: Case, backend: str, device: str) -> Callable[[], None]:
-    def run():
-        case.call(backend)
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    return run
 
 
 def check(case: Case, device: str, tolerance: float) -> None:

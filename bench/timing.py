@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+
 
 class Row(NamedTuple):
     """Seconds per call of one provider: median, 20th and 80th percentile, and the number of rounds."""
@@ -27,6 +29,17 @@ def interleaved(functions: dict[str, Callable[[], object]], seconds: float = 5.0
             function()
             samples[name].append(time.perf_counter() - begin)
     return {name: _row(values) for name, values in samples.items()}
+
+
+def waiting(function: Callable[[], object], device: str) -> Callable[[], None]:
+    """The function, done only when the device is."""
+
+    def run() -> None:
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
 
 
 def _row(values: list[float]) -> Row:

@@ -142,7 +142,8 @@ def renoise(
         x0_hat = (x_t - s_t eps_pred) / a_t,   x_hat = a_u x0_hat + s_u eps'
 
     with a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar). x_t, eps_pred, noise: [B, C, H, W]. alpha_bar: [B], that of t,
-    in (0, 1]. alpha_bar_new: [B], that of u, or None for u = t (then nothing is divided by a_t). eps' is noise_new, or noise.
+    in (0, 1]. alpha_bar_new: [B], that of u, or None for u = t (then nothing is divided by a_t). eps' is noise_new, or
+    noise.
 
     Returns [copies B, C, H, W] contiguous, the batch repeated `copies` times, in `dtype` (None: that of x_t).
     Gradients flow to x_t, eps_pred and eps'. Raises TypeError or ValueError for bad arguments, RuntimeError if

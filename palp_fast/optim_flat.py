@@ -148,14 +148,13 @@ class FlatOptimizer(torch.optim.Optimizer):
             rule(state.params, some, shadows, state.steps, *moments, verdict.to(state.device), rates, state.size)
 
     def _table_for(self, states: list[tuple[int, FlatState]]) -> StepTable | None:
-        """The tables of the compiled step, or None where the reference must serve."""
-        if self._table is None or not self._table.fits():
+        """The tables of the compiled step, or None where the reference must serve. `_states` drops what does not fit."""
+        if self._table is None:
             device = states[0][1].device
             flat = [state for _, state in states]
             compiled = backends.select(self.RULE, device, self.backend) != "reference"
             together = all(state.device == device for state in flat)
             compiled = compiled and together and serves([*self._parameters(), *self.shadows.values()])
-            self._drop_table()
             if compiled:
                 _check_shadows(self.shadows, self._parameters())
             self._table = StepTable(flat, [group for group, _ in states], self.shadows) if compiled else None
@@ -188,10 +187,10 @@ class FlatOptimizer(torch.optim.Optimizer):
     def _states(self) -> list[tuple[int, FlatState]]:
         """(group index, state): of each group its 8-bit tensors and, if the caller set min_8bit_size, 32-bit ones."""
         if self._table is None or not self._table.fits():
+            self._drop_table()
             for index, group in enumerate(self.param_groups):
                 states = self._flat.get(index)
                 if states is None or any(p.device != state.device for state in states for p in state.params):
-                    self._drop_table()
                     self._flat[index] = self._new_states(group)
                 for state in self._flat[index]:
                     state.check_sizes()

@@ -121,9 +121,3 @@ def test_distribution(device, backend, slice_):
     for lag in (1, 2, 3, 4):
         assert abs((made[:-lag] * made[lag:]).mean()) < 4 / count**0.5
         assert abs((made[:-lag] ** 2 * made[lag:] ** 2).mean() - 1) < 4 * (8 / count) ** 0.5
-
-
-def test_opcheck():
-    counters, key = torch.arange(8).view(2, 4), torch.tensor([1, 2])
-    for kind in ("default", "reference"):
-        torch.library.opcheck(getattr(torch.ops.palp_fast.philox_words, kind), (counters, key))
