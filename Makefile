@@ -23,6 +23,7 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(PY) -m pytest tests
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreter
 
 GPU_TESTS := $(addprefix tests/test_,optim_cuda add_noise sampler renoise score_residual).py
 gpu: export PALP_FAST_CUDA := 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -12,9 +14,10 @@ import torch
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 OPERATORS = (
     "score_combination", "renoise", "add_noise", "timestep_sample", "timestep_update", "lora_linear",
-    "grad_norm", "adamw", "lion",
+    "grad_norm", "adamw", "lion", "geglu",
 )
-_EVERYWHERE = tuple(name for name in OPERATORS if name != "lora_linear")
+TRITON = ("geglu",)  # those that kernels/palp has
+_EVERYWHERE = tuple(name for name in OPERATORS if name not in ("lora_linear", *TRITON))
 # By device type, the operators that csrc/ has for it.
 COMPILED = {"cpu": _EVERYWHERE, "cuda": _EVERYWHERE}
 TITLES = {"cpu": "C++", "cuda": "CUDA"}
@@ -62,7 +65,7 @@ def _load(device: str, path: Path) -> str | None:
 
 
 def select(op: str, device: torch.device, requested: str = "auto") -> str:
-    """The backend that will run `op` on `device`: "reference", "cpu" or "cuda".
+    """The backend that will run `op` on `device`: "reference", "cpu", "cuda" or "triton".
 
     "auto" falls back to the reference. Any other request that cannot be met raises: ValueError for an unknown name,
     RuntimeError with the reason for a backend that does not serve this operator here.
@@ -71,7 +74,7 @@ def select(op: str, device: torch.device, requested: str = "auto") -> str:
         return "reference"
     if requested not in BACKENDS:
         raise ValueError(f"backend={requested!r}: allowed are {', '.join(map(repr, BACKENDS))}")
-    wanted = device.type if requested == "auto" else requested
+    wanted = _home(op, device) if requested == "auto" else requested
     reason = obstacle(op, device, wanted)
     if reason is None:
         return wanted
@@ -80,8 +83,15 @@ def select(op: str, device: torch.device, requested: str = "auto") -> str:
     raise RuntimeError(f"backend={requested!r} cannot serve {op} on {device}: {reason}")
 
 
+def _home(op: str, device: torch.device) -> str:
+    """The one accelerated backend of an operator on a device type."""
+    return "triton" if device.type == "cuda" and op in TRITON else device.type
+
+
 def obstacle(op: str, device: torch.device, name: str) -> str | None:
     """Why `name` cannot serve `op` on `device`, or None if it can."""
+    if name == "triton":
+        return _no_triton_version(op) or _triton_problem(device)
     if name not in COMPILED:
         return f"this version has no {name} operators"
     if device.type != name:
@@ -94,6 +104,25 @@ def obstacle(op: str, device: torch.device, name: str) -> str | None:
         library = f"the {TITLES[name]} library {LIBRARIES[name].name}"
         return f"{library} is of a version without {op}: install palp_fast again"
     return _problems[name]
+
+
+def _no_triton_version(op: str) -> str | None:
+    return None if op in TRITON else f"no Triton version of {op} in this version"
+
+
+@lru_cache
+def _triton_problem(device: torch.device) -> str | None:
+    """Why Triton cannot serve this device. Its interpreter, switched on by TRITON_INTERPRET=1, serves the CPU."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda":
+        return f"Triton serves cuda tensors, not {device.type} (its interpreter would: TRITON_INTERPRET=1)"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if (major, minor) >= (7, 5) else f"it needs sm_75 or later, this card is sm_{major}{minor}"
 
 
 @lru_cache
@@ -114,8 +143,10 @@ def report(devices: tuple[str, ...] = ("cpu", "cuda")) -> list[Row]:
     for name in devices:
         device = torch.device(name)
         for op in OPERATORS:
-            reason = obstacle(op, device, name)
-            rows.append(Row(op, name, select(op, device), reason or f"loaded {LIBRARIES[name].name}"))
+            home = _home(op, device)
+            reason = obstacle(op, device, home)
+            serves = "by Triton" if home == "triton" else f"loaded {LIBRARIES[name].name}"
+            rows.append(Row(op, name, select(op, device), reason or serves))
     return rows
 
 

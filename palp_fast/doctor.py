@@ -14,7 +14,7 @@ OPTIONAL = {
     "peft": "loading LoRA files by diffusers' own loader; without it, our layers draw the same",
     "pillow_heif": "reading HEIC photos from phones (pip install pillow-heif)",
     "accelerate": "faster loading of models with less memory",
-    "triton": "nothing in this version",
+    "triton": "kernels for the layers of the UNet on NVIDIA cards; without it, PyTorch's own operators",
     "bitsandbytes": "nothing but a comparison in tests and benchmarks; 8-bit optimizers are built in",
     "xformers": "nothing; attention runs on PyTorch's own",
 }

@@ -12,7 +12,7 @@ from palp_fast import backend as backends
 from palp_fast import ops  # noqa: F401  (registers the operators)
 from palp_fast.optim_state import FlatState
 from palp_fast.optim_table import StepTable, serves
-from palp_fast.ops_optim import RULES
+from palp_fast.ops.optim import RULES
 
 
 class FlatOptimizer(torch.optim.Optimizer):

@@ -65,6 +65,8 @@ SAMPLES = {
     "philox_words": lambda: (torch.arange(8).view(2, 4), number([1, 2])),
     "lora_linear": lambda: (*lora().values(), 0.5, None),
     "lora_linear_bwd": lora_backward,
+    "geglu": lambda: (images(1)[0][..., :6],),
+    "geglu_bwd": lambda: (images(1)[0][..., :3], images(1)[0][..., :6]),
     "grad_norm": lambda: (update("adamw", True)[1], torch.tensor(8.0), torch.tensor(0.0), 1.0),
     "adamw": lambda: update("adamw", True),
     "adamw, 32 bits": lambda: update("adamw", False),

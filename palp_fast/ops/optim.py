@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from palp_fast.ops import _library, register
+from palp_fast.ops.registry import LIBRARY, register
 from palp_fast.reference.optimizers import adamw_ref, grad_norm_ref, lion_ref
 
 RULES = ("adamw", "lion")
@@ -37,7 +37,7 @@ def _count_versions(name: str, mutated: tuple[int, ...]) -> None:
                 return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 
         qualified = name if overload == "default" else f"{name}.{overload}"
-        _library.impl(qualified, kernel, "ADInplaceOrView", with_keyset=True)
+        LIBRARY.impl(qualified, kernel, "ADInplaceOrView", with_keyset=True)
 
 
 register(
@@ -63,7 +63,7 @@ register(
 register("write_words", "(Tensor(a!) out, int[] words) -> ()", _write_words_ref, _changes_nothing)
 _count_versions("adamw", (0, 2, 3, 4, 5))
 _count_versions("lion", (0, 2, 3, 4))
-_library.define(
+LIBRARY.define(
     "optimizer_step(int rule, Tensor tensors, Tensor gradients, Tensor groups, Tensor owner, Tensor(a!) work, "
     "Tensor(b!) skipped, Tensor? grad_scale, Tensor? found_inf, float max_norm) -> Tensor"
 )

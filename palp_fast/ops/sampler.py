@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from palp_fast.ops import register
+from palp_fast.ops.registry import register
 from palp_fast.reference.philox import philox_words_ref
 from palp_fast.reference.timestep import timestep_sample_ref, timestep_update_ref
 

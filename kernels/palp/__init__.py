@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers, one file per operator; the package imports them as palp_fast.kernels."""

@@ -1,0 +1,15 @@
+"""The operators: formula, shapes, checks. Each runs on the best backend for its device (see backend.py).
+
+Floating inputs may be fp16, bf16, fp32 or fp64, each its own, and of any strides. Arithmetic is fp32, or fp64 when
+an image-shaped input is fp64; results are rounded once. A bad argument raises ValueError or TypeError naming
+the argument, its value and what is allowed. Values of tensors are checked on the CPU alone, and never read back from
+another device.
+"""
+
+from palp_fast import ops as _ops  # noqa: F401  (registers the operators)
+from palp_fast.functional.frozen import geglu
+from palp_fast.functional.lora import lora_linear
+from palp_fast.functional.noise import add_noise, renoise
+from palp_fast.functional.score import score_combination, score_residual
+
+__all__ = ["add_noise", "geglu", "lora_linear", "renoise", "score_combination", "score_residual"]

@@ -1,0 +1,112 @@
+"""How an operator gets its schema, shape function, gradient and versions; one file per operator stands beside this one.
+
+Every operator has the overload `default`, which the dispatcher sends to the library compiled for the device if there is
+one, and `reference`, which always runs the plain PyTorch version; one with a Triton version also has `triton`.
+Backward passes are operators too.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from palp_fast import backend
+
+LIBRARY = torch.library.Library("palp_fast", "DEF")
+_PUBLIC = {"default": "", "reference": ".reference", "triton": ".triton"}
+
+
+def register(name: str, schema: str, reference: Callable, fake: Callable, triton: str | None = None) -> None:
+    """All overloads of an operator: its schema, its reference, its shape function.
+
+    triton: "file.function" in palp_fast.kernels, with the reference's arguments; imported at the first call.
+    """
+    versions = {"default": reference, "reference": reference}
+    if triton is not None:
+        versions["triton"] = _first_call_imports(triton)
+    for kind, version in versions.items():
+        qualified = name + _PUBLIC[kind]
+        LIBRARY.define(qualified + schema, tags=torch.Tag.pt2_compliant_tag)
+        LIBRARY.impl(qualified, version, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"palp_fast::{qualified}", fake, lib=LIBRARY)
+
+
+def _first_call_imports(path: str) -> Callable:
+    """Triton is optional, and slow to import."""
+    module, _, function = path.partition(".")
+
+    def call(*args):
+        return getattr(importlib.import_module(f"palp_fast.kernels.{module}"), function)(*args)
+
+    return call
+
+
+def overload(name: str, device: torch.device, requested: str) -> Callable:
+    """The overload of an operator that the requested backend stands for. Raises as backend.select."""
+    packet = getattr(torch.ops.palp_fast, name)
+    chosen = backend.select(name, device, requested)
+    return getattr(packet, chosen if chosen in ("reference", "triton") else "default")
+
+
+def differentiable(
+    name: str, setup_context: Callable, backward: Callable[[object, str], Callable], tracked: tuple[int, ...]
+) -> None:
+    """Gradients for the arguments at the positions `tracked`; `ctx.needs_input_grad[-len(tracked):]` tells which.
+
+    `backward` is told which overload of the backward operator belongs to the forward one, and gives those gradients.
+    """
+    for kind in getattr(torch.ops.palp_fast, name).overloads():
+        op = getattr(getattr(torch.ops.palp_fast, name), kind)
+        bwd = getattr(getattr(torch.ops.palp_fast, name + "_bwd"), kind)
+        _autograd(op, setup_context, backward(bwd), tracked)
+        types = [str(argument.type) for argument in bwd._schema.arguments]
+        tensors = [i for i, type_name in enumerate(types) if type_name in ("Tensor", "Optional[Tensor]")]
+        _autograd(bwd, lambda ctx, inputs, output: None, _no_second_derivative(name), tuple(tensors))
+
+
+def _autograd(op, setup_context: Callable, backward: Callable, tracked: tuple[int, ...]) -> None:
+    """As torch.library.register_autograd, in a third of its time: no walk over nested arguments, no copies."""
+
+    def run(keyset, args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def forward(ctx, keyset, args, *_):
+        result = run(keyset, args)
+        ctx.set_materialize_grads(False)  # else zeros would be made for results that have no gradient
+        setup_context(ctx, args, result)
+        return result
+
+    def node_backward(ctx, *grads):
+        if all(grad is None for grad in grads):
+            return (None,) * (2 + len(tracked))
+        if torch.is_grad_enabled():  # create_graph
+            return None, None, *backward(ctx, *grads)
+        with torch._C._AutoDispatchBelowAutograd():
+            return None, None, *backward(ctx, *grads)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(node_backward)}
+    node = type(op._schema.name.replace("::", "_"), (torch.autograd.Function,), members)
+
+    def kernel(keyset, *args):
+        tensors = [args[i] for i in tracked]
+        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+            return node.apply(keyset, args, *tensors)
+        return run(keyset, args)
+
+    LIBRARY.impl(op._name.removeprefix("palp_fast::"), kernel, "Autograd", with_keyset=True)
+
+
+def _no_second_derivative(name: str) -> Callable:
+    def backward(ctx, *grads):
+        raise RuntimeError(f"palp_fast {name}: second derivatives are not available")
+
+    return backward
+
+
+def empty(like: Tensor, shape, dtype: torch.dtype) -> Tensor:
+    """For shape functions."""
+    return torch.empty(shape, dtype=dtype, device=like.device)

@@ -1,0 +1,46 @@
+"""geglu: against torch's own, in every dtype; what it keeps; bad input."""
+
+import pytest
+import torch
+from close import assert_as_good
+
+from palp_fast import functional as PF
+
+
+def plain(x):
+    h, g = x.chunk(2, dim=-1)
+    return h * torch.nn.functional.gelu(g)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_and_gradient(dtype):
+    x, grad = (3 * torch.randn(4, 7, 24)).to(dtype), torch.randn(4, 7, 12).to(dtype)
+    results = []
+    for function, values in ((PF.geglu, x), (plain, x), (plain, x.double())):
+        leaf = values.detach().requires_grad_()
+        out = function(leaf)
+        results.append((out, *torch.autograd.grad(out, leaf, grad.to(out.dtype))))
+    assert results[0][0].dtype == dtype
+    for name, mine, peer, truth in zip(("output", "x"), *results):
+        assert_as_good(mine, peer, truth, 1e-6, name)
+
+
+def test_gradcheck():
+    x = torch.randn(3, 14, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(PF.geglu, x)
+
+
+def test_keeps_its_input_alone():
+    x, kept = torch.randn(4, 24, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        PF.geglu(x)
+    assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match=r"x has shape \[4, 5\]: allowed is \[..., 2 d\]"):
+        PF.geglu(torch.zeros(4, 5))
+    with pytest.raises(TypeError, match="x has dtype torch.int64"):
+        PF.geglu(torch.zeros(4, 6, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match="backend='triton' cannot serve geglu on cpu"):
+        PF.geglu(torch.zeros(4, 6), backend="triton")
