@@ -178,6 +178,27 @@ def lora(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b:
         table("bias", bias, (d_out,), x)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, kv_index: Tensor | None) -> None:
+    """q [B, N, heads D], k and v [P, M, heads D], kv_index [B] int64 below P, or None where P = B."""
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        floating(name, value)
+        if value.dim() != 3:
+            raise ValueError(f"{name} has shape {list(value.shape)}: allowed is [batch, length, heads D]")
+        _device(name, value, q)
+    integer("heads", heads, minimum=1)
+    rows, _, width = q.shape
+    if width == 0 or width % heads:
+        raise ValueError(f"q has shape {list(q.shape)}: allowed is a last dimension of heads={heads} times D >= 1")
+    if k.shape[1] == 0 or k.shape[2] != width:
+        raise ValueError(f"k has shape {list(k.shape)}: allowed is [P, M, {width}] with M >= 1, as wide as q")
+    _shape("v", v, k.shape)
+    if kv_index is not None:
+        indices("kv_index", kv_index, q)
+        below("kv_index", kv_index, k.shape[0])
+    elif k.shape[0] != rows:
+        raise ValueError(f"k has {k.shape[0]} prompts for {rows} rows of q: allowed is one for each, or a kv_index")
+
+
 def _shape(name: str, value: Tensor, shape) -> None:
     if value.shape != shape:
         raise ValueError(f"{name} has shape {list(value.shape)}: allowed is {list(shape)}")

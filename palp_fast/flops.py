@@ -28,6 +28,20 @@ def lora_linear_bwd_flop(
     return factors + (2 * rows * d_in * (d_out + rank) if need_x else 0)
 
 
+@register_flop_formula(torch.ops.palp_fast.attention)
+def attention_flop(q_shape, k_shape, *_, out_shape=None, **__) -> int:
+    """q k^T, and the product of its softmax with v."""
+    return 4 * math.prod(q_shape) * k_shape[1]
+
+
+@register_flop_formula(torch.ops.palp_fast.attention_bwd)
+def attention_bwd_flop(
+    _grad, q_shape, k_shape, _v, _out, _lse, _heads, _scale, _kv_index, need_kv=True, *_, out_shape=None, **__
+) -> int:
+    """q k^T again, dO v^T and dq; with dk and dv two more."""
+    return (10 if need_kv else 6) * math.prod(q_shape) * k_shape[1]
+
+
 def _elementwise(*_, out_shape=None, **__) -> int:
     """No matrix product: 0, as torch counts its own pointwise operators."""
     return 0

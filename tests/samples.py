@@ -51,6 +51,18 @@ def lora_backward() -> tuple:
     return torch.ones(3, 5, 6), some["x"], low, some["weight"], some["lora_a"], some["lora_b"], 0.5, None, True
 
 
+def attention() -> tuple:
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(shape, generator=draw) for shape in ((3, 5, 12), (2, 4, 12), (2, 4, 12)))
+    return q, k, v, 2, 0.4, number([1, 0, 1])
+
+
+def attention_backward() -> tuple:
+    q, k, v, *rest = attention()
+    out, lse = torch.ops.palp_fast.attention.reference(q, k, v, *rest)
+    return torch.ones(3, 5, 12), q, k, v, out, lse, *rest
+
+
 SAMPLES = {
     "score_combination": lambda: (*images(2), images(4)[2:], [1.0, -1.0], None, 0.5, vector(), None, None),
     "score_combination_bwd": lambda: (torch.tensor(2.0), *images(1), torch.bfloat16),
@@ -67,6 +79,8 @@ SAMPLES = {
     "lora_linear_bwd": lora_backward,
     "geglu": lambda: (images(1)[0][..., :6],),
     "geglu_bwd": lambda: (images(1)[0][..., :3], images(1)[0][..., :6]),
+    "attention": attention,
+    "attention_bwd": attention_backward,
     "grad_norm": lambda: (update("adamw", True)[1], torch.tensor(8.0), torch.tensor(0.0), 1.0),
     "adamw": lambda: update("adamw", True),
     "adamw, 32 bits": lambda: update("adamw", False),

@@ -1,0 +1,45 @@
+"""attention: softmax attention between the projections."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from palp_fast import checks
+from palp_fast.ops.registry import overload
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    *,
+    softmax_scale: float | None = None,
+    kv_index: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(softmax_scale q k^T) v for every head (Vaswani et al., arXiv 1706.03762, eq. 1).
+
+    q: [B, N, heads D]; k, v: [P, M, heads D] with M >= 1, taken in the dtype of q (under autocast: all three in the
+    autocast dtype). Heads lie side by side in the last dimension, as projections leave them; nothing is transposed
+    or copied as long as that dimension has stride 1. kv_index: [B] int64, which of the P prompts a row attends to;
+    None: its own, P = B. softmax_scale: None is D^-0.5. The softmax is computed in fp32 (fp64 for fp64).
+
+    Returns [B, N, heads D] in the dtype of q. Gradients to q, k and v, those of a prompt summed over its rows in a
+    fixed order. Keeps q, k, v, the result and one number per row and head. Raises TypeError or ValueError for bad
+    arguments, RuntimeError if `backend` cannot serve.
+    """
+    checks.attention(q, k, v, heads, kv_index)
+    if softmax_scale is None:
+        softmax_scale = (q.shape[-1] // heads) ** -0.5
+    checks.number("softmax_scale", softmax_scale)
+    op = overload("attention", q.device, backend)
+    kind = q.device.type
+    enabled = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if enabled else q.dtype
+    q, k, v = (value.to(dtype) for value in (q, k, v))
+    with torch.autocast(kind, enabled=False) if enabled else contextlib.nullcontext():
+        return op(q, k, v, heads, float(softmax_scale), kv_index)[0]
