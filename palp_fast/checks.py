@@ -178,6 +178,13 @@ def lora(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b:
         table("bias", bias, (d_out,), x)
 
 
+def projected(x: Tensor, weight: Tensor) -> None:
+    """x [..., d_in] for a packed weight [n d_out, d_in]."""
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x has shape {list(x.shape)}: allowed is [..., {weight.shape[1]}], the width of weights")
+    _device("weights", weight, x)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, kv_index: Tensor | None) -> None:
     """q [B, N, heads D], k and v [P, M, heads D], kv_index [B] int64 below P, or None where P = B."""
     for name, value in (("q", q), ("k", k), ("v", v)):

@@ -20,12 +20,27 @@ def lora_linear_flop(x_shape, weight_shape, bias_shape, lora_a_shape, *_, out_sh
 
 @register_flop_formula(torch.ops.palp_fast.lora_linear_bwd)
 def lora_linear_bwd_flop(
-    _grad, x_shape, _low, weight_shape, lora_a_shape, _lora_b, _scale, _gate, need_x, *_, out_shape=None, **__
+    _grad, x_shape, weight_shape, lora_a_shape, _lora_b, _scale, _gate, need_x, *_, out_shape=None, **__
 ) -> int:
-    """dY B, dA and dB; with the gradient to x also dY W and the product with A."""
+    """x A^T again, dY B, dA and dB; with the gradient to x also dY W and the product with A."""
     rows, (d_out, d_in), rank = math.prod(x_shape[:-1]), weight_shape, lora_a_shape[0]
-    factors = 2 * rows * rank * (2 * d_out + d_in)
+    factors = 4 * rows * rank * (d_out + d_in)
     return factors + (2 * rows * d_in * (d_out + rank) if need_x else 0)
+
+
+@register_flop_formula(torch.ops.palp_fast.lora_projections)
+def lora_projections_flop(x_shape, weight_shape, _shadow, a_shape, b_shape, *_, out_shape=None, **__) -> int:
+    """As lora_linear, for every projection."""
+    count = weight_shape[0] // b_shape[0]
+    return count * lora_linear_flop(x_shape, (b_shape[0], weight_shape[1]), None, a_shape)
+
+
+@register_flop_formula(torch.ops.palp_fast.lora_projections_bwd)
+def lora_projections_bwd_flop(*args, out_shape=None, **__) -> int:
+    """As lora_linear_bwd, for every projection that has a gradient."""
+    *grads, x_shape, weight_shape, _shadow, a_shape, b_shape = args[:8]
+    shapes = (x_shape, (b_shape[0], weight_shape[1]), a_shape, b_shape, None, None, args[-1])
+    return sum(lora_linear_bwd_flop(grad, *shapes) for grad in grads if grad is not None)
 
 
 @register_flop_formula(torch.ops.palp_fast.attention)

@@ -47,8 +47,13 @@ def lora() -> dict[str, torch.Tensor]:
 
 def lora_backward() -> tuple:
     some = lora()
-    low = some["x"] @ some["lora_a"].T
-    return torch.ones(3, 5, 6), some["x"], low, some["weight"], some["lora_a"], some["lora_b"], 0.5, None, True
+    return torch.ones(3, 5, 6), some["x"], some["weight"], some["lora_a"], some["lora_b"], 0.5, None, True
+
+
+def projections() -> tuple:
+    some = lora()
+    pair, weight = (some["lora_a"], some["lora_b"]), some["weight"]
+    return some["x"], torch.cat([weight, -weight]), None, *pair, *pair, None, None, 0.5, vector()
 
 
 def attention() -> tuple:
@@ -75,8 +80,10 @@ SAMPLES = {
     "timestep_update": lambda: (torch.zeros(10).double(), torch.zeros(10).double(), number([1, 30, 49]), vector(), 50,
                                 0.999),
     "philox_words": lambda: (torch.arange(8).view(2, 4), number([1, 2])),
-    "lora_linear": lambda: (*lora().values(), 0.5, None),
+    "lora_linear": lambda: (*lora().values(), torch.ones(3, 5, 6, dtype=torch.float64), 0.5, None),
     "lora_linear_bwd": lora_backward,
+    "lora_projections": projections,
+    "lora_projections_bwd": lambda: (torch.ones(3, 5, 6), None, None, *projections(), True),
     "geglu": lambda: (images(1)[0][..., :6],),
     "geglu_bwd": lambda: (images(1)[0][..., :3], images(1)[0][..., :6]),
     "attention": attention,

@@ -114,7 +114,7 @@ def test_opcheck(gate):
     x, weight, bias, lora_a, lora_b = inputs(torch.float32)
     leaves = (x.requires_grad_(), weight, bias, lora_a.requires_grad_(), lora_b.requires_grad_())
     for overload in ("default", "reference"):
-        torch.library.opcheck(getattr(torch.ops.palp_fast.lora_linear, overload), (*leaves, 0.5, gate))
+        torch.library.opcheck(getattr(torch.ops.palp_fast.lora_linear, overload), (*leaves, None, 0.5, gate))
 
 
 def test_compiles_in_one_graph():
@@ -129,7 +129,7 @@ def test_compiles_in_one_graph():
 
 
 @pytest.mark.parametrize("need_x", [False, True])
-def test_counted_work_is_that_of_the_plain_products(need_x):
+def test_counted_work_is_that_of_the_plain_products_and_one_more(need_x):
     x, weight, _, lora_a, lora_b = inputs(torch.float32)
     x.requires_grad_(need_x), lora_a.requires_grad_(), lora_b.requires_grad_()
 
@@ -143,7 +143,16 @@ def test_counted_work_is_that_of_the_plain_products(need_x):
         with FlopCounterMode(display=False) as backward:
             out.sum().backward()
         counts.append((forward.get_total_flops(), backward.get_total_flops()))
-    assert counts[0] == counts[1] and counts[0][0] > 0
+    again = 2 * x.numel() * RANK  # x A^T, which is not kept
+    assert counts[1] == (counts[0][0], counts[0][1] + again) and again > 0
+
+
+def test_keeps_x_alone():
+    x, weight, bias, lora_a, lora_b = inputs(torch.float16)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        PF.lora_linear(x, weight, bias, lora_a.requires_grad_(), lora_b.requires_grad_())
+    assert [tensor.data_ptr() for tensor in kept] == [tensor.data_ptr() for tensor in (x, weight, lora_a, lora_b)]
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,12 @@ another device.
 from palp_fast import ops as _ops  # noqa: F401  (registers the operators)
 from palp_fast.functional.attention import attention
 from palp_fast.functional.frozen import geglu
-from palp_fast.functional.lora import lora_linear
+from palp_fast.functional.lora import lora_linear, lora_projections
 from palp_fast.functional.noise import add_noise, renoise
 from palp_fast.functional.score import score_combination, score_residual
+from palp_fast.functional.weights import AttentionWeights, Projections
 
-__all__ = ["add_noise", "attention", "geglu", "lora_linear", "renoise", "score_combination", "score_residual"]
+__all__ = [
+    "AttentionWeights", "Projections", "add_noise", "attention", "geglu", "lora_linear", "lora_projections", "renoise",
+    "score_combination", "score_residual",
+]

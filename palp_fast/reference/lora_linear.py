@@ -1,9 +1,10 @@
 """lora_linear: a frozen projection with a low-rank term that is never merged into the weight.
 
-    y = x W^T + bias + scale (x A^T) B^T
+    y = x W^T + bias + scale (x A^T) B^T + residual
 
 Merging loses the update: a bf16 weight rounds much of a small B A away (tests/test_lora_linear.py). Here the frozen
-product runs in the dtype of x, the low-rank term in fp32 (fp64 for fp64), and the sum is rounded once.
+product runs in the dtype of x, the low-rank term in fp32 (fp64 for fp64), and the sum is rounded once. The backward
+pass needs x alone: it computes x A^T again from the x that dA reads anyway.
 """
 
 from __future__ import annotations
@@ -16,20 +17,30 @@ from palp_fast.reference.dtypes import compute_dtype, per_sample
 
 
 def lora_linear_ref(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float, gate: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(y [..., d_out] in the dtype of x, low = x A^T [..., r], kept for the backward pass)."""
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    residual: Tensor | None,
+    scale: float,
+    gate: Tensor | None,
+) -> Tensor:
+    """y [..., d_out] in the dtype of x, or in the wider of those of x and residual [..., d_out]."""
     compute = compute_dtype([x, lora_a])
     base = F.linear(_rows(x), weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    low = F.linear(x.to(compute), lora_a.to(compute)).contiguous()
-    out = _add_product(base, _rows(_scaled(low, scale, gate)), lora_b.to(compute).T)
-    return out.view(*x.shape[:-1], weight.shape[0]), low
+    low = F.linear(x.to(compute), lora_a.to(compute))
+    left, right = _rows(_scaled(low, scale, gate)), lora_b.to(compute).T
+    if residual is None:
+        out = _add_product(base, left, right)
+    else:
+        out = (base + left @ right + _rows(residual)).to(torch.promote_types(x.dtype, residual.dtype))
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def lora_linear_bwd_ref(
     grad: Tensor,
     x: Tensor,
-    low: Tensor,
     weight: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
@@ -38,14 +49,15 @@ def lora_linear_bwd_ref(
     need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_x, or an empty tensor if not wanted; d_lora_a [r, d_in]; d_lora_b [d_out, r]); W gets none."""
-    compute = low.dtype
-    wide = grad.to(compute)
+    compute = compute_dtype([x, lora_a])
+    wide, wide_x = grad.to(compute), x.to(compute)
     d_low = _scaled(wide @ lora_b.to(compute), scale, gate)
-    d_b = _rows(wide).T @ _rows(_scaled(low, scale, gate))
-    d_a = _rows(d_low).T @ _rows(x.to(compute))
+    d_a = _rows(d_low).T @ _rows(wide_x)
+    d_b = _rows(wide).T @ _rows(_scaled(F.linear(wide_x, lora_a.to(compute)), scale, gate))
     d_x = x.new_empty(0)
     if need_x:
-        d_x = _add_product(_rows(grad) @ weight.to(grad.dtype), _rows(d_low), lora_a.to(compute)).view(x.shape)
+        base = _rows(grad.to(x.dtype)) @ weight.to(x.dtype)
+        d_x = _add_product(base, _rows(d_low), lora_a.to(compute)).view(x.shape)
     return d_x, d_a.to(lora_a.dtype), d_b.to(lora_b.dtype)
 
 

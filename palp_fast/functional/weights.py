@@ -1,0 +1,117 @@
+"""The weights of an attention layer as its operators read them: packed by input, LoRA factors beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from palp_fast import checks
+
+Pair = tuple[Tensor, Tensor]  # LoRA factors A [r, d_in] and B [d_out, r]
+
+
+@dataclass(frozen=True, eq=False)
+class Projections:
+    """One to three frozen projections of one input, and their LoRA factors.
+
+    packed: [W_1; W_2; W_3] of [d_out, d_in] each, and below them, if there are shadows, [A_1; A_2; A_3] of [r, d_in]
+    each in the same dtype. lora_a, lora_b: the factors themselves, usually fp32 parameters. Who changes lora_a writes
+    the shadows, too: an optimizer that is given them as its `shadows`, or refresh().
+    """
+
+    packed: Tensor
+    lora_a: tuple[Tensor, ...]
+    lora_b: tuple[Tensor, ...]
+
+    @staticmethod
+    def pack(weights: Sequence[Tensor], pairs: Sequence[Pair], *, shadows: bool = False) -> Projections:
+        """Copies `weights` into one buffer, with room for shadows if wanted; the factors are kept as they are.
+
+        Raises TypeError or ValueError unless there are one to three matrices of one shape, each with a pair that fits,
+        all of one rank.
+        """
+        if not 1 <= len(weights) <= 3 or len(pairs) != len(weights):
+            raise ValueError(f"{len(weights)} weights with {len(pairs)} pairs: allowed are one to three, with as many")
+        for i, (weight, (lora_a, lora_b)) in enumerate(zip(weights, pairs)):
+            checks.floating(f"weights[{i}]", weight)
+            checks.table(f"weights[{i}]", weight, weights[0].shape, weights[0])
+            checks.lora(weight, weight, None, lora_a, lora_b)
+            checks.table(f"pairs[{i}][0]", lora_a, pairs[0][0].shape, pairs[0][0])
+        tail = [lora_a.detach() for lora_a, _ in pairs] if shadows else []
+        packed = torch.cat([*(weight.detach() for weight in weights), *(a.to(weights[0].dtype) for a in tail)])
+        lora_a, lora_b = zip(*pairs)
+        return Projections(packed, lora_a, lora_b)
+
+    @property
+    def count(self) -> int:
+        """Number of projections."""
+        return len(self.lora_a)
+
+    @property
+    def weight(self) -> Tensor:
+        """[count d_out, d_in], a view."""
+        return self.packed[: self.count * self.lora_b[0].shape[0]]
+
+    @property
+    def shadow(self) -> Tensor | None:
+        """[count r, d_in], a view, or None."""
+        tail = self.packed[self.count * self.lora_b[0].shape[0]:]
+        return tail if len(tail) else None
+
+    def shadows(self) -> dict[Tensor, Tensor]:
+        """{lora_a: its shadow}, as optimizers take them."""
+        return {} if self.shadow is None else dict(zip(self.lora_a, self.shadow.chunk(self.count)))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Writes the shadows."""
+        for lora_a, shadow in self.shadows().items():
+            shadow.copy_(lora_a)
+
+    def factors(self) -> list[Tensor | None]:
+        """a_1, b_1, a_2, b_2, a_3, b_3, None beyond the last."""
+        there = [factor for pair in zip(self.lora_a, self.lora_b) for factor in pair]
+        return [*there, *[None] * (6 - len(there))]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionWeights:
+    """Frozen weights and LoRA factors of an attention layer, as `lora_attention` takes them.
+
+    inputs: (q, k and v together,) for self-attention, (q, k and v together) for cross-attention, whose k and v have
+    another input; (q,) for ready-made keys and values. out: the out projection [d, d]; out_bias: [d] or None;
+    out_lora: its factors.
+    """
+
+    inputs: tuple[Projections, ...]
+    out: Tensor
+    out_bias: Tensor | None
+    out_lora: Pair
+
+    @staticmethod
+    def pack(
+        weights: dict[str, Tensor],
+        lora: dict[str, Pair],
+        out_bias: Tensor | None = None,
+        *,
+        cross: bool = False,
+        shadows: bool = False,
+    ) -> AttentionWeights:
+        """From separate matrices named "q", "k", "v" and "out"; the first three are copied, as Projections.pack says.
+
+        cross: k and v have another input than q. Without "k" and "v" the layer takes ready-made keys and values.
+        """
+        names = [("q",), ("k", "v")] if cross else [("q", "k", "v")]
+        if "k" not in weights and "v" not in weights:
+            names = [("q",)]
+        groups = [([weights[name] for name in group], [lora[name] for name in group]) for group in names]
+        inputs = tuple(Projections.pack(*group, shadows=shadows) for group in groups)
+        checks.lora(weights["out"], weights["out"], out_bias, *lora["out"])
+        return AttentionWeights(inputs, weights["out"], out_bias, lora["out"])
+
+    def shadows(self) -> dict[Tensor, Tensor]:
+        """{lora_a: its shadow}, as optimizers take them."""
+        return {a: shadow for projections in self.inputs for a, shadow in projections.shadows().items()}
