@@ -43,6 +43,7 @@ register(
     "Tensor? gate) -> Tensor",
     lora_linear_ref,
     _fake,
+    triton="lora.lora_linear_fwd",
 )
 register(
     "lora_linear_bwd",
@@ -50,5 +51,6 @@ register(
     "-> (Tensor, Tensor, Tensor)",
     lora_linear_bwd_ref,
     _bwd_fake,
+    triton="lora.lora_linear_bwd",
 )
 differentiable("lora_linear", _setup, _backward, tracked=(0, 3, 4, 5))

@@ -50,6 +50,7 @@ register(
     f"(Tensor x, Tensor weight, Tensor? shadow, {_FACTORS}, float scale, Tensor? gate) -> (Tensor, Tensor, Tensor)",
     lora_projections_ref,
     _fake,
+    triton="lora.lora_projections_fwd",
 )
 register(
     "lora_projections_bwd",
@@ -57,5 +58,6 @@ register(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lora_projections_bwd_ref,
     _bwd_fake,
+    triton="lora.lora_projections_bwd",
 )
 differentiable("lora_projections", _setup, _backward, tracked=(0, 3, 4, 5, 6, 7, 8))

@@ -46,9 +46,13 @@ def _first_call_imports(path: str) -> Callable:
 
 def overload(name: str, device: torch.device, requested: str) -> Callable:
     """The overload of an operator that the requested backend stands for. Raises as backend.select."""
-    packet = getattr(torch.ops.palp_fast, name)
+    return getattr(getattr(torch.ops.palp_fast, name), kind(name, device, requested))
+
+
+def kind(name: str, device: torch.device, requested: str) -> str:
+    """The name of that overload, which its backward operator has, too."""
     chosen = backend.select(name, device, requested)
-    return getattr(packet, chosen if chosen in ("reference", "triton") else "default")
+    return chosen if chosen in ("reference", "triton") else "default"
 
 
 def differentiable(

@@ -1,0 +1,120 @@
+"""lora_attention: projections with LoRA, softmax attention, out projection with LoRA, bias and residual."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from palp_fast import checks
+from palp_fast.functional.attention import attention
+from palp_fast.functional.lora import lora_linear_residual, lora_projections
+from palp_fast.functional.recompute import Plan, RecomputedAttention
+from palp_fast.functional.weights import AttentionWeights
+from palp_fast.ops.registry import kind
+
+
+def lora_attention(
+    x: Tensor,
+    context: Tensor | None,
+    weights: AttentionWeights,
+    heads: int,
+    *,
+    lora_scale: float | Tensor = 1.0,
+    softmax_scale: float | None = None,
+    kv: tuple[Tensor, Tensor] | None = None,
+    kv_index: Tensor | None = None,
+    residual: Tensor | None = None,
+    recompute: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(softmax_scale q k^T) v W_out^T + bias + residual, every projection with its low-rank term.
+
+    x: [B, N, d], makes q; k and v come from x (context None: self-attention), from context [P, M, d_c], the distinct
+    prompts, or are given as kv, two of [P, M, d], without a low-rank term. kv_index: [B] int64, which prompt a row
+    attends to; None: its own, P = B. lora_scale: a float, or [B]; rows that share a prompt must then share the factor,
+    for that prompt's k and v have it, too. softmax_scale: None is (d / heads)^-0.5. residual: [B, N, d], added.
+
+    Returns [B, N, d] in the dtype of x (under autocast: the autocast dtype), or in that of residual if it is wider.
+    Gradients to x, context, kv, residual and every LoRA factor, those of a prompt summed over its rows; to no weight.
+    Keeps x, context, q, k, v, the attention's result and one number per row and head; with `recompute` not q, k and v,
+    which the backward pass then makes again. Raises TypeError or ValueError for bad arguments, RuntimeError if
+    `backend` cannot serve.
+    """
+    _check(x, context, weights, heads, kv, kv_index)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, context = x.to(dtype), None if context is None else context.to(dtype)
+        with torch.autocast(device, enabled=False):
+            return lora_attention(
+                x, context, weights, heads, lora_scale=lora_scale, softmax_scale=softmax_scale, kv=kv,
+                kv_index=kv_index, residual=residual, recompute=recompute, backend=backend,
+            )  # fmt: skip
+    if softmax_scale is None:
+        softmax_scale = (weights.out.shape[1] // heads) ** -0.5
+    checks.number("softmax_scale", softmax_scale)
+    inputs = _inputs(x, context, weights, lora_scale, kv_index)
+    if kv is not None:
+        kv = tuple(value.to(x.dtype) for value in kv)
+    if recompute and torch.is_grad_enabled():
+        made = _recomputed(inputs, kv, kv_index, heads, softmax_scale, backend)
+    else:
+        q, k, v = (*(y for call in inputs for y in lora_projections(*call, backend=backend)), *(kv or ()))
+        made = attention(q, k, v, heads, softmax_scale=softmax_scale, kv_index=kv_index, backend=backend)
+    out = (weights.out, weights.out_bias, *weights.out_lora)
+    return lora_linear_residual(made, *out, residual, lora_scale, backend=backend)
+
+
+def _inputs(x, context, weights, lora_scale, kv_index) -> list[tuple]:
+    """(input, Projections, strength) of every call of lora_projections."""
+    calls = [(x, weights.inputs[0], lora_scale)]
+    if context is not None:
+        calls.append((context, weights.inputs[1], _per_prompt(lora_scale, kv_index, context)))
+    return calls
+
+
+def _per_prompt(lora_scale: float | Tensor, kv_index: Tensor | None, context: Tensor) -> float | Tensor:
+    """The factor of every prompt: that of its rows."""
+    if kv_index is None or not isinstance(lora_scale, Tensor):
+        return lora_scale
+    return lora_scale.new_zeros(context.shape[0]).scatter(0, kv_index, lora_scale)
+
+
+def _recomputed(inputs, kv, kv_index, heads, softmax_scale, backend) -> Tensor:
+    x, groups, number = inputs[0][0], [], 1.0
+    for value, projections, lora_scale in inputs:
+        gate = lora_scale if isinstance(lora_scale, Tensor) else None
+        number = 1.0 if gate is not None else float(lora_scale)
+        shadow = projections.shadow if projections.packed.dtype == x.dtype else None
+        groups += [value, projections.weight, shadow, *projections.factors(), gate]
+    kinds = (kind(name, x.device, backend) for name in ("lora_projections", "attention"))
+    plan = Plan(*kinds, heads, float(softmax_scale), number)
+    return RecomputedAttention.apply(plan, *(kv or (None, None)), kv_index, *groups)
+
+
+def _check(x, context, weights, heads, kv, kv_index) -> None:
+    """Which of x, context and kv make keys and values, and that their shapes fit."""
+    checks.floating("x", x)
+    if x.dim() != 3:
+        raise ValueError(f"x has shape {list(x.shape)}: allowed is [B, N, d]")
+    if not isinstance(weights, AttentionWeights):
+        raise TypeError(f"weights={type(weights).__name__}: allowed is AttentionWeights")
+    if context is not None and kv is not None:
+        raise ValueError("context and kv are both given: allowed is one of them, or neither for self-attention")
+    form = "kv" if kv is not None else "context" if context is not None else "self-attention"
+    counts = [projections.count for projections in weights.inputs]
+    if counts not in {"kv": ([1], [1, 2]), "context": ([1, 2],), "self-attention": ([3],)}[form]:
+        allowed = {"kv": 'cross=True or with "q" alone', "context": "cross=True", "self-attention": "cross=False"}[form]
+        raise ValueError(f"weights do not fit {form}: allowed are those packed with {allowed}")
+    checks.integer("heads", heads, minimum=1)
+    prompts = x.shape[0]
+    if context is not None:
+        checks.floating("context", context)
+        if context.dim() != 3:
+            raise ValueError(f"context has shape {list(context.shape)}: allowed is [P, M, d_c]")
+        prompts = context.shape[0]
+    if kv_index is not None:
+        checks.indices("kv_index", kv_index, x)
+        checks.below("kv_index", kv_index, prompts if kv is None else kv[0].shape[0])
+    elif prompts != x.shape[0]:
+        raise ValueError(f"context has {prompts} prompts for {x.shape[0]} rows of x: allowed is one each, or a kv_index")
