@@ -154,7 +154,7 @@ def test_small_update_survives_16_bits():
     ("cross", {"kv": (torch.zeros(3, 4, WIDTH),) * 2}, ValueError, "context and kv are both given"),
     ("cross", {"context": torch.zeros(2, 4, CONTEXT)}, ValueError, "context has 2 prompts for 3 rows of x"),
     ("cross", {"kv_index": torch.tensor([0, 3, 0])}, ValueError, "kv_index has values from 0 to 3"),
-    ("self", {"heads": 3}, ValueError, "allowed is a last dimension of heads=3 times"),
+    ("self", {"heads": 3}, ValueError, "heads=3: allowed is a divisor of 16"),
     ("self", {"softmax_scale": float("nan")}, ValueError, "softmax_scale=nan"),
     ("self", {"lora_scale": torch.ones(2)}, ValueError, r"lora_scale has shape \[2\]"),
     ("self", {"residual": torch.zeros(3, 5, 1)}, ValueError, r"residual has shape \[3, 5, 1\]"),

@@ -65,15 +65,17 @@ def lora_projections(
     Gradients to x and to every lora_a and lora_b. Keeps x alone. Errors as of `lora_linear`.
     """
     checks.floating("x", x)
+    op = overload("lora_projections", x.device, backend)
+    return _in_autocast_dtype(lambda x: op(*projection_arguments(x, weights, lora_scale)), x)[: weights.count]
+
+
+def projection_arguments(x: Tensor, weights: Projections, lora_scale: float | Tensor) -> list:
+    """The arguments of the operator lora_projections, checked."""
+    checks.floating("x", x)
     checks.projected(x, weights.weight)
     scale, gate = _strength(lora_scale, x)
-    op = overload("lora_projections", x.device, backend)
-
-    def run(x: Tensor) -> tuple[Tensor, ...]:
-        shadow = weights.shadow if weights.packed.dtype == x.dtype else None
-        return op(x, weights.weight, shadow, *weights.factors(), scale, gate)
-
-    return _in_autocast_dtype(run, x)[: weights.count]
+    shadow = weights.shadow if weights.packed.dtype == x.dtype else None
+    return [x, weights.weight, shadow, *weights.factors(), scale, gate]
 
 
 def _strength(lora_scale: float | Tensor, x: Tensor) -> tuple[float, Tensor | None]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from palp_fast import checks
 from palp_fast.functional.attention import attention
-from palp_fast.functional.lora import lora_linear_residual, lora_projections
+from palp_fast.functional.lora import lora_linear_residual, lora_projections, projection_arguments
 from palp_fast.functional.recompute import Plan, RecomputedAttention
 from palp_fast.functional.weights import AttentionWeights
 from palp_fast.ops.registry import kind
@@ -81,13 +81,12 @@ def _per_prompt(lora_scale: float | Tensor, kv_index: Tensor | None, context: Te
 
 
 def _recomputed(inputs, kv, kv_index, heads, softmax_scale, backend) -> Tensor:
-    x, groups, number = inputs[0][0], [], 1.0
-    for value, projections, lora_scale in inputs:
-        gate = lora_scale if isinstance(lora_scale, Tensor) else None
-        number = 1.0 if gate is not None else float(lora_scale)
-        shadow = projections.shadow if projections.packed.dtype == x.dtype else None
-        groups += [value, projections.weight, shadow, *projections.factors(), gate]
-    kinds = (kind(name, x.device, backend) for name in ("lora_projections", "attention"))
+    """The attention of `_inputs` by one node of the graph."""
+    groups = []
+    for call in inputs:
+        *tensors, number, gate = projection_arguments(*call)
+        groups += [*tensors, gate]
+    kinds = (kind(name, inputs[0][0].device, backend) for name in ("lora_projections", "attention"))
     plan = Plan(*kinds, heads, float(softmax_scale), number)
     return RecomputedAttention.apply(plan, *(kv or (None, None)), kv_index, *groups)
 
@@ -107,6 +106,8 @@ def _check(x, context, weights, heads, kv, kv_index) -> None:
         allowed = {"kv": 'cross=True or with "q" alone', "context": "cross=True", "self-attention": "cross=False"}[form]
         raise ValueError(f"weights do not fit {form}: allowed are those packed with {allowed}")
     checks.integer("heads", heads, minimum=1)
+    if (width := weights.out.shape[1]) % heads:
+        raise ValueError(f"heads={heads}: allowed is a divisor of {width}, the width of q")
     prompts = x.shape[0]
     if context is not None:
         checks.floating("context", context)

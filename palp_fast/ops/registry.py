@@ -87,10 +87,8 @@ def _autograd(op, setup_context: Callable, backward: Callable, tracked: tuple[in
     def node_backward(ctx, *grads):
         if all(grad is None for grad in grads):
             return (None,) * (2 + len(tracked))
-        if torch.is_grad_enabled():  # create_graph
-            return None, None, *backward(ctx, *grads)
-        with torch._C._AutoDispatchBelowAutograd():
-            return None, None, *backward(ctx, *grads)
+        # Not below autograd: reading what was saved may run a checkpointed forward pass again.
+        return None, None, *backward(ctx, *grads)
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(node_backward)}
     node = type(op._schema.name.replace("::", "_"), (torch.autograd.Function,), members)
