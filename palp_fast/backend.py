@@ -16,8 +16,8 @@ OPERATORS = (
     "score_combination", "renoise", "add_noise", "timestep_sample", "timestep_update", "lora_linear",
     "grad_norm", "adamw", "lion", "geglu", "attention",
 )
-TRITON = ("geglu",)  # those that kernels/palp has
-_EVERYWHERE = tuple(name for name in OPERATORS if name not in ("lora_linear", "attention", *TRITON))
+TRITON = ("geglu", "attention")  # those that kernels/palp has
+_EVERYWHERE = tuple(name for name in OPERATORS if name not in ("lora_linear", *TRITON))
 # By device type, the operators that csrc/ has for it.
 COMPILED = {"cpu": _EVERYWHERE, "cuda": _EVERYWHERE}
 TITLES = {"cpu": "C++", "cuda": "CUDA"}
