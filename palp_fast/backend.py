@@ -16,8 +16,8 @@ OPERATORS = (
     "score_combination", "renoise", "add_noise", "timestep_sample", "timestep_update", "lora_linear",
     "lora_projections", "grad_norm", "adamw", "lion", "geglu", "attention",
 )
-TRITON = ("geglu", "lora_linear", "lora_projections")  # those that kernels/palp has
-_EVERYWHERE = tuple(name for name in OPERATORS if name not in ("attention", *TRITON))
+TRITON = ("geglu", "attention", "lora_linear", "lora_projections")  # those that kernels/palp has
+_EVERYWHERE = tuple(name for name in OPERATORS if name not in TRITON)
 # By device type, the operators that csrc/ has for it.
 COMPILED = {"cpu": _EVERYWHERE, "cuda": _EVERYWHERE}
 TITLES = {"cpu": "C++", "cuda": "CUDA"}

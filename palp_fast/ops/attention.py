@@ -41,6 +41,7 @@ register(
     "(Tensor q, Tensor k, Tensor v, int heads, float scale, Tensor? kv_index) -> (Tensor, Tensor)",
     attention_ref,
     _fake,
+    triton="attention.attention_fwd",
 )
 register(
     "attention_bwd",
@@ -48,5 +49,6 @@ register(
     "bool need_kv=True) -> (Tensor, Tensor, Tensor)",
     attention_bwd_ref,
     _bwd_fake,
+    triton="attention_bwd.attention_bwd",
 )
 differentiable("attention", _setup, _backward, tracked=(0, 1, 2))
