@@ -21,15 +21,19 @@ def meta(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
 
 def projections(rows: int, width: int, rank: int, dtype: torch.dtype, *, backward: bool = False) -> tuple:
     """q, k and v of one input with shadows of A, per-sample strength."""
-    x, factors = meta(2, rows // 2, width, dtype=dtype), (meta(rank, width, dtype=FLOAT), meta(width, rank, dtype=FLOAT))
+    x = meta(2, rows // 2, width, dtype=dtype)
+    factors = meta(rank, width, dtype=FLOAT), meta(width, rank, dtype=FLOAT)
     weights = meta(3 * width, width, dtype=dtype), meta(3 * rank, width, dtype=dtype)
     arguments = (x, *weights, *factors * 3, 1.0, meta(2, dtype=FLOAT))
-    return (lora.lora_projections_bwd, x, x, x, *arguments, True) if backward else (lora.lora_projections_fwd, *arguments)
+    if backward:
+        return lora.lora_projections_bwd, x, x, x, *arguments, True
+    return lora.lora_projections_fwd, *arguments
 
 
 def projection(rows: int, width: int, rank: int, dtype: torch.dtype, *, backward: bool = False) -> tuple:
     """The out projection, its A in 32 bits."""
-    x, factors = meta(2, rows // 2, width, dtype=dtype), (meta(rank, width, dtype=FLOAT), meta(width, rank, dtype=FLOAT))
+    x = meta(2, rows // 2, width, dtype=dtype)
+    factors = meta(rank, width, dtype=FLOAT), meta(width, rank, dtype=FLOAT)
     if backward:
         return lora.lora_linear_bwd, x, x, meta(width, width, dtype=dtype), *factors, 1.0, None, True
     return lora.lora_linear_fwd, x, meta(width, width, dtype=dtype), meta(width, dtype=dtype), *factors, x, 1.0, None
@@ -46,6 +50,12 @@ CASES = {
     for rows, width in ((4096, 320), (1024, 640), (256, 1280))
     for rank in ranks
     for dtype in dtypes
+    for backward in (False, True)
+} | {
+    # Numbers that are 1 are constants to the compiler; a rank of 128 is more than one tile.
+    f"projections{' backward' * backward} {rows} x {width}, rank {rank}":
+        projections(rows, width, rank, HALF, backward=backward)
+    for rows, width, rank in ((2, 1, 1), (1024, 640, 128))
     for backward in (False, True)
 }
 

@@ -81,7 +81,8 @@ def test_shadows_stand_for_the_factors_in_the_dtype_of_x():
     packed = PF.Projections.pack(weights, pairs, shadows=True)
     assert packed.packed.shape == (3 * (D_OUT + RANK), D_IN)
     rounded = [(a.half().float(), b) for a, b in pairs]
-    for found, wanted in zip(PF.lora_projections(x, packed), plain(x.double(), [w.double() for w in weights], rounded, 1)):
+    truth = plain(x.double(), [w.double() for w in weights], rounded, 1)
+    for found, wanted in zip(PF.lora_projections(x, packed), truth):
         assert_close(found, wanted, 1e-3)
     for factor, shadow in packed.shadows().items():
         factor.mul_(2)
@@ -152,5 +153,7 @@ def test_bad_arguments_are_named():
         PF.Projections.pack([weights[0], torch.zeros(41, 24)], pairs)
     with pytest.raises(ValueError, match=r"pairs\[1\]\[0\] has shape \[2, 24\]: allowed is \[3, 24\]"):
         PF.Projections.pack(weights, [pairs[0], (torch.zeros(2, 24), torch.zeros(40, 2))])
+    with pytest.raises(TypeError, match=r"pairs\[1\]\[1\] has dtype torch.float64: allowed is torch.float32"):
+        PF.Projections.pack(weights, [pairs[0], (pairs[1][0], pairs[1][1].double())])
     with pytest.raises(RuntimeError, match="backend='cpu' cannot serve lora_projections"):
         PF.lora_projections(x, ready, backend="cpu")

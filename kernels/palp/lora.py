@@ -1,16 +1,15 @@
 """LoRA projections: lora_linear and lora_projections, forward and backward. Reference: palp_fast/reference/lora_*.py.
 
-Forward: one launch that makes x A^T beside x W^T from the same tiles of x. Every tile of columns makes x A^T anew; where
-that work exceeds what a launch costs (wide outputs, high ranks, slow cards), x A^T is made first, by a launch of its own.
-M = 4096, d = 320, q, k and v of rank 32 in 16 bits: 11.1 MB and 2.5 + 0.5 GFLOP in one launch, where a cuBLAS product
-with [W; A] and a launch that adds S B^T move 28.6 MB. Against it cuBLAS pays where rows and widths are both far above
-those of Stable Diffusion; and in 32 and 64 bits and on Turing, where Triton has no fast product: there the reference
-runs.
+Forward: one launch that makes x A^T beside x W^T from the same tiles of x. Every tile of columns makes x A^T anew;
+where that work exceeds what a launch costs (wide outputs, high ranks, slow cards), a launch of its own makes x A^T
+first. For q, k and v of 4096 rows, d = 320 and rank 32 in 16 bits, one launch moves 11.1 MB; a cuBLAS product with
+[W; A] and a launch that adds S B^T would move 28.5 MB, and pay where rows and widths are both far above those of Stable
+Diffusion. In 32 and 64 bits, and on Turing, Triton has no fast product: there the reference runs, on cuBLAS.
 
-Backward, three launches: low and d_low, whose rows need all columns; then dx beside partial sums of dA and dB over fixed
-ranges of rows; then their sum in order. The second reading of x and dy is cheaper than to keep low and d_low on chip:
-a block would have to see whole rows, and so write r (d_in + d_out) partial sums for each tile of rows, 2 r / BLOCK_M times
-the bytes of x and dy, and read them again; and 256 rows would be work for 4 blocks.
+Backward, three launches: low and d_low, whose rows need all columns; then dx beside partial sums of dA and dB over
+fixed ranges of rows; then their sum in order. The second reading of x and dy is cheaper than to keep low and d_low on
+chip: a block would have to see whole rows, and so write r (d_in + d_out) partial sums for each tile of rows, 2 r /
+BLOCK_M times the bytes of x and dy, and read them again; and 256 rows would be work for 4 blocks.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ from palp_fast.reference.lora_projections import factors, lora_projections_bwd_r
 class Launch:
     """Tile of a product, warps and stages of its block, and what decides between structures.
 
-    FEW_M: rows of a tile where tiles of BLOCK_M rows would be fewer than `blocks`, what keeps the card busy. LOW_M: rows
-    of a tile of low and d_low. again: FLOPs of making x A^T anew that cost as much as a launch.
+    FEW_M: rows of a tile where tiles of BLOCK_M rows would be fewer than `blocks`, what keeps the card busy. LOW_M:
+    rows of a tile of low and d_low. again: FLOPs of making x A^T anew that cost as much as a launch.
     """
 
     BLOCK_M: int = 64
@@ -48,7 +47,7 @@ class Launch:
 
 
 # `again` is 4 us, of a launch and a short kernel, at the rate of products of this size; not measured yet.
-LAUNCHES = {
+LAUNCHES: dict[str, Launch | None] = {
     "generic": Launch(),
     "turing": None,  # Triton has no tensor-core product for it
     "consumer": Launch(BLOCK_M=128, FEW_M=64, num_stages=4, blocks=100, again=0.25e9),

@@ -186,8 +186,8 @@ def _factor_gradients(
     b_sum = tl.zeros([BLOCK_R, BLOCK_C], COMPUTE)
     for m in range(0, split_rows, BLOCK_ROWS):
         m_m = o_m + m < rows
-        b_left = tl.load(left_p + (o_m + m)[None, :] * COUNT * rank + o_r[:, None], m_m[None, :] & (o_r < rank)[:, None],
-                         other=0)
+        p_left = left_p + (o_m + m)[None, :] * COUNT * rank + o_r[:, None]
+        b_left = tl.load(p_left, m_m[None, :] & (o_r < rank)[:, None], other=0)
         b_right = tl.load(right_p + (o_m + m)[:, None] * stride + o_c, m_m[:, None] & (o_c < width), other=0)
         b_sum = tl.dot(b_left, b_right.to(COMPUTE), b_sum, input_precision=PRECISION)
     line = ((i_split.to(tl.int64) * COUNT + i_y) * rank + o_r[:, None]) * (d_in + d_out)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ def lora_attention(
     kv_index: Tensor | None = None,
     residual: Tensor | None = None,
     recompute: bool = False,
+    provider: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
     """softmax(softmax_scale q k^T) v W_out^T + bias + residual, every projection with its low-rank term.
@@ -37,36 +40,31 @@ def lora_attention(
     Returns [B, N, d] in the dtype of x (under autocast: the autocast dtype), or in that of residual if it is wider.
     Gradients to x, context, kv, residual and every LoRA factor, those of a prompt summed over its rows; to no weight.
     Keeps x, context, q, k, v, the attention's result and one number per row and head; with `recompute` not q, k and v,
-    which the backward pass then makes again. Raises TypeError or ValueError for bad arguments, RuntimeError if
-    `backend` cannot serve.
+    which the backward pass then makes again. provider, of the softmax attention: "auto" alone in this version. Raises
+    TypeError or ValueError for bad arguments, RuntimeError if `backend` cannot serve.
     """
     _check(x, context, weights, heads, kv, kv_index)
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, context = x.to(dtype), None if context is None else context.to(dtype)
-        with torch.autocast(device, enabled=False):
-            return lora_attention(
-                x, context, weights, heads, lora_scale=lora_scale, softmax_scale=softmax_scale, kv=kv,
-                kv_index=kv_index, residual=residual, recompute=recompute, backend=backend,
-            )  # fmt: skip
+    if provider != "auto":
+        raise ValueError(f"provider={provider!r}: allowed is 'auto'")
     if softmax_scale is None:
         softmax_scale = (weights.out.shape[1] // heads) ** -0.5
     checks.number("softmax_scale", softmax_scale)
-    inputs = _inputs(x, context, weights, lora_scale, kv_index)
-    if kv is not None:
-        kv = tuple(value.to(x.dtype) for value in kv)
-    if recompute and torch.is_grad_enabled():
-        made = _recomputed(inputs, kv, kv_index, heads, softmax_scale, backend)
-    else:
-        q, k, v = (*(y for call in inputs for y in lora_projections(*call, backend=backend)), *(kv or ()))
-        made = attention(q, k, v, heads, softmax_scale=softmax_scale, kv_index=kv_index, backend=backend)
-    out = (weights.out, weights.out_bias, *weights.out_lora)
-    return lora_linear_residual(made, *out, residual, lora_scale, backend=backend)
+    device = x.device.type
+    enabled = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if enabled else x.dtype
+    x, context, *kv = (None if value is None else value.to(dtype) for value in (x, context, *(kv or ())))
+    with torch.autocast(device, enabled=False) if enabled else contextlib.nullcontext():
+        inputs = _inputs(x, context, weights, lora_scale, kv_index)
+        attended = _recomputed if recompute and torch.is_grad_enabled() else _attended
+        made = attended(inputs, kv, kv_index, heads, softmax_scale, backend)
+        out = (weights.out, weights.out_bias, *weights.out_lora)
+        return lora_linear_residual(made, *out, residual, lora_scale, backend=backend)
 
 
 def _inputs(x, context, weights, lora_scale, kv_index) -> list[tuple]:
     """(input, Projections, strength) of every call of lora_projections."""
+    if isinstance(lora_scale, Tensor):
+        checks.gate("lora_scale", lora_scale, x)
     calls = [(x, weights.inputs[0], lora_scale)]
     if context is not None:
         calls.append((context, weights.inputs[1], _per_prompt(lora_scale, kv_index, context)))
@@ -80,8 +78,14 @@ def _per_prompt(lora_scale: float | Tensor, kv_index: Tensor | None, context: Te
     return lora_scale.new_zeros(context.shape[0]).scatter(0, kv_index, lora_scale)
 
 
+def _attended(inputs, kv, kv_index, heads, softmax_scale, backend) -> Tensor:
+    """The attention of `_inputs` and kv, [k, v] or empty."""
+    q, k, v = (*(y for call in inputs for y in lora_projections(*call, backend=backend)), *kv)
+    return attention(q, k, v, heads, softmax_scale=softmax_scale, kv_index=kv_index, backend=backend)
+
+
 def _recomputed(inputs, kv, kv_index, heads, softmax_scale, backend) -> Tensor:
-    """The attention of `_inputs` by one node of the graph."""
+    """The same by one node of the graph."""
     groups = []
     for call in inputs:
         *tensors, number, gate = projection_arguments(*call)
@@ -114,8 +118,20 @@ def _check(x, context, weights, heads, kv, kv_index) -> None:
         if context.dim() != 3:
             raise ValueError(f"context has shape {list(context.shape)}: allowed is [P, M, d_c]")
         prompts = context.shape[0]
+    if kv is not None:
+        _check_kv(kv, width, x)
+        prompts = kv[0].shape[0]
     if kv_index is not None:
         checks.indices("kv_index", kv_index, x)
-        checks.below("kv_index", kv_index, prompts if kv is None else kv[0].shape[0])
+        checks.below("kv_index", kv_index, prompts)
     elif prompts != x.shape[0]:
-        raise ValueError(f"context has {prompts} prompts for {x.shape[0]} rows of x: allowed is one each, or a kv_index")
+        given = f"{form} has {prompts} prompts for {x.shape[0]} rows of x"
+        raise ValueError(f"{given}: allowed are as many, or a kv_index")
+
+
+def _check_kv(kv: tuple[Tensor, Tensor], width: int, x: Tensor) -> None:
+    checks.floating("kv[0]", kv[0])
+    if kv[0].dim() != 3 or kv[0].shape[2] != width:
+        raise ValueError(f"kv[0] has shape {list(kv[0].shape)}: allowed is [P, M, {width}]")
+    checks.table("kv[0]", kv[0], kv[0].shape, x)
+    checks.table("kv[1]", kv[1], kv[0].shape, x)

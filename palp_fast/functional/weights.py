@@ -40,6 +40,9 @@ class Projections:
             checks.table(f"weights[{i}]", weight, weights[0].shape, weights[0])
             checks.lora(weight, weight, None, lora_a, lora_b)
             checks.table(f"pairs[{i}][0]", lora_a, pairs[0][0].shape, pairs[0][0])
+            for side, factor, first in zip("01", (lora_a, lora_b), pairs[0]):
+                if factor.dtype != first.dtype:
+                    raise TypeError(f"pairs[{i}][{side}] has dtype {factor.dtype}: allowed is {first.dtype}")
         tail = [lora_a.detach() for lora_a, _ in pairs] if shadows else []
         packed = torch.cat([*(weight.detach() for weight in weights), *(a.to(weights[0].dtype) for a in tail)])
         lora_a, lora_b = zip(*pairs)
