@@ -151,7 +151,7 @@ def report(devices: tuple[str, ...] = ("cpu", "cuda")) -> list[Row]:
 
 
 def deterministic(enabled: bool = True) -> None:
-    """Allow only repeatable backends (the default), or all. Every backend of this version is repeatable."""
+    """Allow only repeatable backends (the default), or all. Of this version, only providers of attention differ."""
     global _deterministic
     if not isinstance(enabled, bool):
         raise TypeError(f"enabled={enabled!r}: allowed are True and False")

@@ -118,6 +118,13 @@ def number(name: str, value: float) -> None:
         raise ValueError(f"{name}={value!r}: allowed is a finite number")
 
 
+def positive(name: str, value: float) -> None:
+    """A finite Python number above 0."""
+    number(name, value)
+    if not value > 0:
+        raise ValueError(f"{name}={value!r}: allowed is a finite number > 0")
+
+
 def integer(name: str, value: int, minimum: int, maximum: int | None = None) -> None:
     """A Python int of at least `minimum` and, if given, at most `maximum`."""
     allowed = f"an int >= {minimum}" if maximum is None else f"an int from {minimum} to {maximum}"

@@ -5,9 +5,13 @@ import math
 import pytest
 import torch
 from close import assert_as_good, assert_close
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import palp_fast
 from palp_fast import functional as PF
+from palp_fast.functional import attention_providers
+from palp_fast.kernels.attention_table import Case
 
 HEADS, WIDTH = 2, 24
 SHARED = torch.tensor([1, 0, 1])
@@ -98,6 +102,63 @@ def test_gradient_to_queries_alone():
     assert counter.get_total_flops() == (4 + 6) * q.numel() * k.shape[1]
 
 
+@pytest.mark.parametrize("kv_index", [None, SHARED])
+def test_sdpa_is_another_provider(kv_index):
+    values = make(torch.float64)
+    mine = with_gradients(PF.attention, values, kv_index=kv_index, provider="sdpa")
+    for found, true in zip(mine, with_gradients(plain, values, kv_index=kv_index)):
+        assert_close(found, true, 1e-12)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A card that serves everything, to ask which provider a call would take: a function of its arguments."""
+    monkeypatch.setattr(attention_providers.backend, "obstacle", lambda *_: None)
+    here = {}
+    monkeypatch.setattr(attention_providers, "_family", lambda device: here["family"])
+
+    def ask(queries, keys, width, family="consumer", dtype=torch.float16, grad=True, provider="auto"):
+        here["family"] = family
+        with FakeTensorMode():
+            q, k = (torch.empty(1, n, width, dtype=dtype, device="cuda", requires_grad=grad) for n in (queries, keys))
+            return attention_providers.choose(q, k, k, 1, provider, "auto")
+
+    return ask
+
+
+def test_compiled_whole():
+    torch.compiler.reset()
+    values = make(torch.float32)
+    compiled = torch.compile(PF.attention, fullgraph=True, backend="aot_eager")
+    mine = with_gradients(compiled, values, kv_index=SHARED)
+    for found, wanted in zip(mine, with_gradients(PF.attention, values, kv_index=SHARED)):
+        assert_close(found, wanted, 1e-6)
+
+
+def test_choice(card, monkeypatch):
+    assert card(4096, 4096, 40) == "triton"  # atomics are not allowed
+    assert card(4096, 4096, 64, grad=False) == "sdpa"
+    assert card(4096, 4096, 40, grad=False) == "triton"
+    assert card(4096, 4096, 40, "hopper", grad=False) == "sdpa"
+    assert card(4096, 77, 64, "hopper", grad=False) == "triton"
+    assert card(4096, 77, 40, "turing", grad=False) == "sdpa"
+    assert card(4096, 4096, 256) == "reference"
+    case = Case("hopper", "float16", 64, 4096, 77, "forward")
+    monkeypatch.setitem(attention_providers.TABLE, case, "sdpa_cudnn")
+    assert card(4096, 77, 64, "hopper", grad=False) == "sdpa_cudnn"
+
+
+def test_determinism_excludes_providers(card):
+    with pytest.raises(RuntimeError, match="provider='sdpa_cudnn' .* may differ from run to run"):
+        card(64, 64, 64, provider="sdpa_cudnn")
+    palp_fast.deterministic(False)
+    try:
+        assert card(64, 64, 64, provider="sdpa_cudnn") == "sdpa_cudnn"
+        assert card(4096, 4096, 64) == "sdpa"
+    finally:
+        palp_fast.deterministic(True)
+
+
 @pytest.mark.parametrize("change, kind, message", [
     ({"q": torch.zeros(3, 48)}, ValueError, r"q has shape \[3, 48\]: allowed is \[batch, length, heads D\]"),
     ({"q": torch.zeros(3, 9, 48, dtype=torch.int64)}, TypeError, "q has dtype torch.int64"),
@@ -110,6 +171,11 @@ def test_gradient_to_queries_alone():
     ({"kv_index": torch.tensor([0, 1, 3])}, ValueError, "kv_index has values from 0 to 3: allowed are 0 to 2"),
     ({"kv_index": torch.tensor([0, 1])}, ValueError, r"kv_index has shape \[2\]: allowed is \[3\]"),
     ({"kv_index": torch.tensor([0.0, 1, 2])}, TypeError, "kv_index: torch.float32 given"),
+    ({"softmax_scale": 0.0}, ValueError, "softmax_scale=0.0: allowed is a finite number > 0"),
+    ({"provider": "flash"}, ValueError, "provider='flash': allowed are 'auto', 'triton', 'sdpa'"),
+    ({"provider": "sdpa_flash"}, RuntimeError, "provider='sdpa_flash' .*: it serves cuda tensors, not cpu"),
+    ({"provider": "triton"}, RuntimeError, "provider='triton' cannot serve attention here: Triton serves cuda"),
+    ({"provider": "sdpa", "backend": "reference"}, ValueError, "provider='sdpa' with backend='reference'"),
     ({"softmax_scale": float("inf")}, ValueError, "softmax_scale=inf: allowed is a finite number"),
     ({"backend": "cuda"}, RuntimeError, "backend='cuda' cannot serve attention on cpu"),
 ])

@@ -14,18 +14,17 @@ from torch import Tensor
 
 from palp_fast.kernels import attention_cross
 from palp_fast.kernels.attention_parts import (
-    LOG2E, ByWidth, Launch, Parts, add_product, load_head, parts, products, prompt_of, store_head, strides, unit_stride,
-    zeros,
+    LN2, LOG2E, WITHOUT_MATRIX_INSTRUCTIONS, ByWidth, Launch, Parts, add_product, load_head, parts, products, prompt_of,
+    store_head, strides, unit_stride, zeros,
 )  # fmt: skip
 from palp_fast.kernels.launch import compute_type, launch, settings
 from palp_fast.reference.dtypes import compute_dtype
 
 
 LAUNCHES = {
-    "generic": ByWidth(Launch(64, 64), Launch(64, 32), Launch(64, 32)),
-    "consumer": ByWidth(Launch(128, 64, 4, 3), Launch(64, 64, 4, 2), Launch(64, 32, 4, 2)),
-    "a100": ByWidth(Launch(128, 64, 4, 3), Launch(64, 64, 4, 3), Launch(64, 64, 4, 2)),
-    "hopper": ByWidth(Launch(128, 128, 8, 3), Launch(128, 64, 8, 3), Launch(128, 64, 8, 2)),
+    "generic": ByWidth(Launch(128, 64, 4, 3), Launch(128, 64, 4, 3), Launch(64, 64, 4, 2), Launch(64, 32, 4, 2)),
+    "hopper": ByWidth(Launch(128, 128, 8, 3), Launch(128, 128, 8, 3), Launch(128, 64, 8, 3), Launch(128, 64, 8, 2)),
+    "turing": WITHOUT_MATRIX_INSTRUCTIONS,
 }
 
 
@@ -42,7 +41,8 @@ def attention_fwd_kernel(
     k_p += i_prompt * k_row + i_head * D
     v_p += i_prompt * v_row + i_head * D
     left = queries - i_m
-    b_q1, b_q2 = load_head(q_p + i_row * q_row + i_m * q_stride + i_head * D, q_stride, left, BLOCK_M, D, D1, D2, EVEN_M)
+    p_q = q_p + i_row * q_row + i_m * q_stride + i_head * D
+    b_q1, b_q2 = load_head(p_q, q_stride, left, BLOCK_M, D, D1, D2, EVEN_M)
     b_o1, b_o2 = zeros(BLOCK_M, D1, O2, COMPUTE)
     b_max = tl.full([BLOCK_M], float("-inf"), COMPUTE)
     b_sum = tl.zeros([BLOCK_M], COMPUTE)
@@ -68,26 +68,27 @@ def attention_fwd_kernel(
     store_head(p_out, width, left, b_o1 / b_sum[:, None], b_o2 / b_sum[:, None], BLOCK_M, D, D1, O2, EVEN_M)
     o_m = tl.arange(0, BLOCK_M)
     p_lse = lse_p + (i_row * heads + i_head) * queries + i_m + o_m
-    tl.store(p_lse, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=o_m < left)
+    tl.store(p_lse, (b_max + tl.log2(b_sum)) * LN2, mask=o_m < left)
 
 
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float, kv_index: Tensor | None, split: Parts | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out, lse). split: parts of a head other than the least padded (tests)."""
-    if k.shape[1] <= attention_cross.MOST_KEYS:
-        return attention_cross.attention_cross_fwd(q, k, v, heads, scale, kv_index, split)
     q, k, v = map(unit_stride, (q, k, v))
     rows, queries, total = q.shape
     keys, width = k.shape[1], total // heads
+    split = split or parts(width)
+    if few := attention_cross.setting(attention_cross.FWD_LAUNCHES, q, k, heads):
+        return attention_cross.attention_cross_fwd(few, q, k, v, heads, scale, kv_index, split)
     out = q.new_empty(q.shape)
     lse = q.new_empty((rows, heads, queries), dtype=compute_dtype([q]))
     chosen = settings(LAUNCHES, q.device).at(width, q.element_size())
     launch(
         attention_fwd_kernel, (triton.cdiv(queries, chosen.BLOCK_M), heads, rows), q,
-        q, k, v, out, lse, kv_index, queries, keys, heads, *strides(q, k, v), scale * LOG2E, width,
-        *(split or parts(width)), chosen.BLOCK_M, chosen.BLOCK_N, queries % chosen.BLOCK_M == 0,
-        keys % chosen.BLOCK_N == 0, kv_index is not None, compute_type(q),
+        q, k, v, out, lse, kv_index, queries, keys, heads, *strides(q, k, v), scale * LOG2E.value, width,
+        *split, chosen.BLOCK_M, chosen.BLOCK_N, queries % chosen.BLOCK_M == 0, keys % chosen.BLOCK_N == 0,
+        kv_index is not None, compute_type(q),
         num_warps=chosen.num_warps, num_stages=chosen.num_stages,
     )  # fmt: skip
     return out, lse

@@ -16,23 +16,21 @@ from torch import Tensor
 
 from palp_fast.kernels import attention_cross
 from palp_fast.kernels.attention_parts import (
-    LOG2E, ByWidth, Launch, Parts, add_product, load_head, load_second, parts, products, prompt_of, row_dot, store_head,
-    strides, unit_stride, zeros,
+    LOG2E, WITHOUT_MATRIX_INSTRUCTIONS, ByWidth, Launch, Parts, add_product, load_head, load_second, parts, products,
+    prompt_of, row_dot, store_head, strides, unit_stride, zeros,
 )  # fmt: skip
 from palp_fast.kernels.launch import compute_type, launch, settings
 
 # BLOCK_M: queries, BLOCK_N: keys.
 DQ_LAUNCHES = {
-    "generic": ByWidth(Launch(64, 32), Launch(64, 32), Launch(64, 16)),
-    "consumer": ByWidth(Launch(64, 64, 4, 2), Launch(64, 32, 4, 2), Launch(64, 32, 4, 1)),
-    "a100": ByWidth(Launch(64, 64, 4, 3), Launch(64, 64, 4, 2), Launch(64, 32, 4, 2)),
-    "hopper": ByWidth(Launch(128, 64, 8, 2), Launch(128, 64, 8, 2), Launch(64, 64, 4, 2)),
+    "generic": ByWidth(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(64, 32, 4, 2), Launch(64, 16, 4, 2)),
+    "hopper": ByWidth(Launch(128, 64, 8, 2), Launch(128, 64, 8, 2), Launch(128, 64, 8, 2), Launch(64, 64, 4, 2)),
+    "turing": WITHOUT_MATRIX_INSTRUCTIONS,
 }
 DKV_LAUNCHES = {
-    "generic": ByWidth(Launch(32, 64), Launch(32, 64), Launch(16, 64)),
-    "consumer": ByWidth(Launch(64, 64, 4, 2), Launch(32, 64, 4, 2), Launch(32, 64, 8, 1)),
-    "a100": ByWidth(Launch(64, 64, 4, 3), Launch(64, 64, 4, 2), Launch(32, 64, 8, 2)),
-    "hopper": ByWidth(Launch(64, 128, 8, 2), Launch(64, 128, 8, 2), Launch(64, 64, 8, 2)),
+    "generic": ByWidth(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(32, 64, 4, 2), Launch(16, 64, 4, 2)),
+    "hopper": ByWidth(Launch(64, 128, 8, 2), Launch(64, 128, 8, 2), Launch(64, 128, 8, 2), Launch(64, 64, 8, 2)),
+    "turing": WITHOUT_MATRIX_INSTRUCTIONS,
 }
 
 
@@ -52,19 +50,20 @@ def attention_bwd_dq_kernel(
     left = queries - i_m
     p_grad = grad_p + i_row * grad_row + i_m * grad_stride + i_head * D
     p_out = out_p + i_row * out_row + i_m * out_stride + i_head * D
-    b_q1, b_q2 = load_head(q_p + i_row * q_row + i_m * q_stride + i_head * D, q_stride, left, BLOCK_M, D, D1, D2, EVEN_M)
+    p_q = q_p + i_row * q_row + i_m * q_stride + i_head * D
+    b_q1, b_q2 = load_head(p_q, q_stride, left, BLOCK_M, D, D1, D2, EVEN_M)
     b_g1, b_g2 = load_head(p_grad, grad_stride, left, BLOCK_M, D, D1, D2, EVEN_M)
     b_out1, b_out2 = load_head(p_out, out_stride, left, BLOCK_M, D, D1, D2, EVEN_M)
     b_delta = row_dot(b_g1, b_g2, b_out1, b_out2, D2, COMPUTE)
     o_m = tl.arange(0, BLOCK_M)
     o_stat = (i_row * heads + i_head) * queries + i_m + o_m
     tl.store(delta_p + o_stat, b_delta, mask=o_m < left)
-    b_lse = tl.load(lse_p + o_stat, mask=o_m < left, other=0.0) * 1.4426950408889634
+    b_lse = tl.load(lse_p + o_stat, mask=o_m < left, other=0.0) * LOG2E
     b_dq1, b_dq2 = zeros(BLOCK_M, D1, O2, COMPUTE)
     for i_n in range(0, keys, BLOCK_N):
         b_k1, b_k2 = load_head(k_p, k_stride, keys - i_n, BLOCK_N, D, D1, D2, EVEN_N)
         b_v1, b_v2 = load_head(v_p, v_stride, keys - i_n, BLOCK_N, D, D1, D2, EVEN_N)
-        b_p = tl.exp2(products(b_q1, b_q2, b_k1, b_k2, D2, COMPUTE) * (SCALE * 1.4426950408889634) - b_lse[:, None])
+        b_p = tl.exp2(products(b_q1, b_q2, b_k1, b_k2, D2, COMPUTE) * (SCALE * LOG2E) - b_lse[:, None])
         if not EVEN_N:
             b_p = tl.where((i_n + tl.arange(0, BLOCK_N) < keys)[None, :], b_p, 0.0)
         b_ds = b_p * (products(b_g1, b_g2, b_v1, b_v2, D2, COMPUTE) - b_delta[:, None])
@@ -88,8 +87,8 @@ def _over_queries(
         left = queries - i_m
         o_m = i_m + tl.arange(0, BLOCK_M)
         b_q1, b_q2 = load_head(q_p, q_stride, left, BLOCK_M, D, D1, D2, EVEN_M)
-        b_lse = tl.load(lse_p + o_m, mask=o_m < queries, other=0.0) * 1.4426950408889634
-        b_p = tl.exp2(products(b_k1, b_k2, b_q1, b_q2, D2, COMPUTE) * (SCALE * 1.4426950408889634) - b_lse[None, :])
+        b_lse = tl.load(lse_p + o_m, mask=o_m < queries, other=0.0) * LOG2E
+        b_p = tl.exp2(products(b_k1, b_k2, b_q1, b_q2, D2, COMPUTE) * (SCALE * LOG2E) - b_lse[None, :])
         b_g1, b_g2 = load_head(grad_p, grad_stride, left, BLOCK_M, D, D1, D2, EVEN_M)
         b_delta = tl.load(delta_p + o_m, mask=o_m < queries, other=0.0)
         b_ds = b_p * (products(b_v1, b_v2, b_g1, b_g2, D2, COMPUTE) - b_delta[None, :])
@@ -155,10 +154,11 @@ def attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv), the last two empty unless need_kv. split: parts of a head other than the least padded (tests)."""
     grad, q, k, v, out = map(unit_stride, (grad, q, k, v, out))
-    if need_kv and k.shape[1] <= attention_cross.MOST_KEYS:
-        return attention_cross.attention_cross_bwd(grad, q, k, v, out, lse, heads, scale, kv_index, split)
     width = q.shape[-1] // heads
     split = split or parts(width)
+    few = attention_cross.setting(attention_cross.BWD_LAUNCHES, q, k, heads)
+    if few and need_kv:
+        return attention_cross.attention_cross_bwd(few, grad, q, k, v, out, lse, heads, scale, kv_index, split)
     dq, delta = _dq(grad, q, k, v, out, lse, heads, scale, kv_index, split)
     if not need_kv:
         return dq, k.new_empty(0), v.new_empty(0)

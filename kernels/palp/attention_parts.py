@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2E = 1.4426950408889634
-WIDEST = 160  # widest head that the kernels have settings for
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,23 @@ class Launch:
 
 @dataclass(frozen=True)
 class ByWidth:
-    """Settings for 16-bit heads up to 64, up to 96 and wider, and for 32 and 64 bits."""
+    """Settings for 16-bit heads up to 48, 64, 96 and 160 wide; of 32 and 64 bits, up to 48 and wider."""
 
-    narrow: Launch
-    middle: Launch
-    wide: Launch
+    upto_48: Launch
+    upto_64: Launch
+    upto_96: Launch
+    upto_160: Launch
     precise: Launch = Launch(32, 32, 4, 1)
+    precise_wide: Launch = Launch(16, 16, 4, 1)
 
     def at(self, width: int, itemsize: int) -> Launch:
         if itemsize > 2:
-            return self.precise
-        return self.narrow if width <= 64 else self.middle if width <= 96 else self.wide
+            return self.precise if width <= 48 else self.precise_wide
+        return next(getattr(self, f"upto_{most}") for most in (48, 64, 96, 160) if width <= most)
+
+
+# Triton has none for sm_75: small tiles, as for 32 bits.
+WITHOUT_MATRIX_INSTRUCTIONS = ByWidth(Launch(32, 32, 4, 1), *[Launch(16, 16, 4, 1)] * 3)
 
 
 class Parts(NamedTuple):

@@ -27,11 +27,12 @@ _assumed_family: str | None = None
 
 def settings(table: dict[str, Settings], device: torch.device) -> Settings:
     """The entry of a table of launch settings for this device: its family's, or the one named "generic"."""
-    return table.get(_assumed_family or _family(device), table["generic"])
+    return table.get(_assumed_family or family_of(device), table["generic"])
 
 
 @lru_cache
-def _family(device: torch.device) -> str:
+def family_of(device: torch.device) -> str:
+    """The family of cards that a device belongs to, "generic" for one that is not known."""
     if device.type != "cuda":
         return "generic"
     return FAMILIES.get(torch.cuda.get_device_capability(device), "generic")
