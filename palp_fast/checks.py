@@ -41,6 +41,12 @@ def table(name: str, value: Tensor, shape: tuple[int, ...], like: Tensor) -> Non
     _device(name, value, like)
 
 
+def optional_table(name: str, value: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
+    """As `table`, or None."""
+    if value is not None:
+        table(name, value, shape, like)
+
+
 def per_sample(name: str, value: Tensor | None, like: Tensor, required: bool = False) -> None:
     """[B] floating on the device of `like`, or None unless required."""
     if value is not None or required:

@@ -55,7 +55,8 @@ def _nbytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-_PAIRS = [name + suffix for name in ("score_combination", "renoise", "add_noise", "geglu") for suffix in ("", "_bwd")]
+_POINTWISE = ("score_combination", "renoise", "add_noise", "geglu", "group_norm_silu")
+_PAIRS = [name + suffix for name in _POINTWISE for suffix in ("", "_bwd")]
 _OPTIMIZER = ["grad_norm", "adamw", "lion", "optimizer_step", "write_words"]
 _SAMPLER = ["timestep_sample", "timestep_update", "philox_words"]
 register_flop_formula([getattr(torch.ops.palp_fast, name) for name in (*_PAIRS, *_OPTIMIZER, *_SAMPLER)])(_elementwise)

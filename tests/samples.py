@@ -51,6 +51,16 @@ def lora_backward() -> tuple:
     return torch.ones(3, 5, 6), some["x"], low, some["weight"], some["lora_a"], some["lora_b"], 0.5, None, True
 
 
+
+def channel_parameters() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor([1.0, -0.5, 2.0, 0.7]), torch.tensor([0.1, 0.0, -0.3, 0.2])
+
+
+def group_statistics() -> tuple[torch.Tensor, torch.Tensor]:
+    _, mean, rstd = torch.ops.palp_fast.group_norm_silu(images(2)[1], 2, None, None, 1e-5, False)
+    return mean, rstd
+
+
 SAMPLES = {
     "score_combination": lambda: (*images(2), images(4)[2:], [1.0, -1.0], None, 0.5, vector(), None, None),
     "score_combination_bwd": lambda: (torch.tensor(2.0), *images(1), torch.bfloat16),
@@ -67,6 +77,8 @@ SAMPLES = {
     "lora_linear_bwd": lora_backward,
     "geglu": lambda: (images(1)[0][..., :6],),
     "geglu_bwd": lambda: (images(1)[0][..., :3], images(1)[0][..., :6]),
+    "group_norm_silu": lambda: (images(1)[0], 2, *channel_parameters(), 1e-5, True),
+    "group_norm_silu_bwd": lambda: (*images(2), *group_statistics(), *channel_parameters(), True),
     "grad_norm": lambda: (update("adamw", True)[1], torch.tensor(8.0), torch.tensor(0.0), 1.0),
     "adamw": lambda: update("adamw", True),
     "adamw, 32 bits": lambda: update("adamw", False),

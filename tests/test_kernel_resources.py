@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from assembler import TARGETS, compiled  # noqa: E402
-from palp_fast.kernels import geglu  # noqa: E402
+from assembler import TARGETS, compiled, launches  # noqa: E402
+from palp_fast.kernels import geglu, group_norm, group_norm_bwd  # noqa: E402
 from palp_fast.kernels.launch import SHARED_KIB  # noqa: E402
 
 HALF = torch.float16
@@ -19,10 +19,29 @@ def meta(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def image(channels: int, size: int, last: bool = True) -> torch.Tensor:
+    return meta(2, channels, size, size).to(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def group_norm_case(x: torch.Tensor) -> tuple:
+    return group_norm.group_norm_silu_fwd, x, 32, *meta(2, x.shape[1]), 1e-5, True
+
+
+def group_norm_bwd_case(x: torch.Tensor) -> tuple:
+    statistics = meta(2, x.shape[0], 32, dtype=torch.float32)
+    return group_norm_bwd.group_norm_silu_bwd, x, x, *statistics, *meta(2, x.shape[1]), True
+
+
 # Launcher and arguments at sizes of SD1.x.
+IMAGES = {
+    "320 x 64 x 64": image(320, 64), "1280 x 16 x 16": image(1280, 16), "2560 x 8 x 8": image(2560, 8),
+    "320 x 64 x 64 contiguous": image(320, 64, last=False),
+}
 CASES = {
     "geglu": (geglu.geglu_fwd, meta(4096, 2560)),
     "geglu backward": (geglu.geglu_bwd, meta(4096, 1280), meta(4096, 2560)),
+    **{f"group_norm_silu {size}": group_norm_case(x) for size, x in IMAGES.items()},
+    **{f"group_norm_silu backward {size}": group_norm_bwd_case(x) for size, x in IMAGES.items()},
 }
 
 
@@ -36,3 +55,11 @@ def test_kernel_fits_the_card(case, target):
         print(kernel)
         assert kernel.spilled == 0, kernel
         assert kernel.shared <= 1024 * SHARED_KIB[TARGETS[target]], kernel
+
+
+@pytest.mark.parametrize(("size", "forward", "backward"), [
+    ("320 x 64 x 64", 2, 2), ("1280 x 16 x 16", 1, 2), ("2560 x 8 x 8", 1, 1), ("320 x 64 x 64 contiguous", 2, 2),
+])
+def test_group_norm_launches(size, forward, backward):
+    assert len(launches(*CASES[f"group_norm_silu {size}"])) == forward
+    assert len(launches(*CASES[f"group_norm_silu backward {size}"])) == backward
