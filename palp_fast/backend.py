@@ -14,9 +14,9 @@ import torch
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 OPERATORS = (
     "score_combination", "renoise", "add_noise", "timestep_sample", "timestep_update", "lora_linear",
-    "grad_norm", "adamw", "lion", "geglu", "group_norm_silu",
+    "grad_norm", "adamw", "lion", "geglu", "group_norm_silu", "layer_norm",
 )
-TRITON = ("geglu", "group_norm_silu")  # those that kernels/palp has
+TRITON = ("geglu", "group_norm_silu", "layer_norm")  # those that kernels/palp has
 _EVERYWHERE = tuple(name for name in OPERATORS if name not in ("lora_linear", *TRITON))
 # By device type, the operators that csrc/ has for it.
 COMPILED = {"cpu": _EVERYWHERE, "cuda": _EVERYWHERE}

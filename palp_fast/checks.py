@@ -109,6 +109,12 @@ def below(name: str, value: Tensor, count: int) -> None:
             raise ValueError(f"{name} has values from {low} to {high}: allowed are 0 to {count - 1}")
 
 
+def no_zero(name: str, value: Tensor) -> None:
+    """No value is 0, where they can be read."""
+    if _can_read(value) and not value.all():
+        raise ValueError(f"{name} has a 0: allowed are other values alone")
+
+
 def _can_read(value: Tensor) -> bool:
     """Whether there are values, on the CPU: none while a graph is traced."""
     traced = torch.compiler.is_compiling() or type(value) is not Tensor

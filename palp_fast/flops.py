@@ -55,7 +55,7 @@ def _nbytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-_POINTWISE = ("score_combination", "renoise", "add_noise", "geglu", "group_norm_silu")
+_POINTWISE = ("score_combination", "renoise", "add_noise", "geglu", "group_norm_silu", "layer_norm")
 _PAIRS = [name + suffix for name in _POINTWISE for suffix in ("", "_bwd")]
 _OPTIMIZER = ["grad_norm", "adamw", "lion", "optimizer_step", "write_words"]
 _SAMPLER = ["timestep_sample", "timestep_update", "philox_words"]

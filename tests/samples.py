@@ -61,6 +61,10 @@ def group_statistics() -> tuple[torch.Tensor, torch.Tensor]:
     return mean, rstd
 
 
+def rows() -> torch.Tensor:
+    return images(1)[0].movedim(1, -1)
+
+
 SAMPLES = {
     "score_combination": lambda: (*images(2), images(4)[2:], [1.0, -1.0], None, 0.5, vector(), None, None),
     "score_combination_bwd": lambda: (torch.tensor(2.0), *images(1), torch.bfloat16),
@@ -79,6 +83,10 @@ SAMPLES = {
     "geglu_bwd": lambda: (images(1)[0][..., :3], images(1)[0][..., :6]),
     "group_norm_silu": lambda: (images(1)[0], 2, *channel_parameters(), 1e-5, True),
     "group_norm_silu_bwd": lambda: (*images(2), *group_statistics(), *channel_parameters(), True),
+    "layer_norm": lambda: (rows(), *channel_parameters(), 1e-5, False),
+    "layer_norm, from its output": lambda: (rows(), *channel_parameters(), 1e-5, True),
+    "layer_norm_bwd": lambda: (rows(), rows(), rows()[..., 0], rows()[..., 1].exp(), *channel_parameters()),
+    "layer_norm_bwd, from the output": lambda: (rows(), rows(), None, rows()[..., 1].exp(), *channel_parameters()),
     "grad_norm": lambda: (update("adamw", True)[1], torch.tensor(8.0), torch.tensor(0.0), 1.0),
     "adamw": lambda: update("adamw", True),
     "adamw, 32 bits": lambda: update("adamw", False),

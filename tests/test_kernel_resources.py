@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from assembler import TARGETS, compiled, launches  # noqa: E402
-from palp_fast.kernels import geglu, group_norm, group_norm_bwd  # noqa: E402
+from palp_fast.kernels import geglu, group_norm, group_norm_bwd, layer_norm  # noqa: E402
 from palp_fast.kernels.launch import SHARED_KIB  # noqa: E402
 
 HALF = torch.float16
@@ -32,16 +32,30 @@ def group_norm_bwd_case(x: torch.Tensor) -> tuple:
     return group_norm_bwd.group_norm_silu_bwd, x, x, *statistics, *meta(2, x.shape[1]), True
 
 
-# Launcher and arguments at sizes of SD1.x.
+def layer_norm_case(width: int) -> tuple:
+    return layer_norm.layer_norm_fwd, meta(4096, width), *meta(2, width), 1e-5, False
+
+
+def layer_norm_bwd_case(width: int, from_output: bool) -> tuple:
+    mean, rstd = meta(2, 4096, dtype=torch.float32)
+    given = meta(4096, width), meta(4096, width), None if from_output else mean, rstd
+    return layer_norm.layer_norm_bwd, *given, *meta(2, width)
+
+
+# Sizes of SD1.x.
 IMAGES = {
     "320 x 64 x 64": image(320, 64), "1280 x 16 x 16": image(1280, 16), "2560 x 8 x 8": image(2560, 8),
     "320 x 64 x 64 contiguous": image(320, 64, last=False),
 }
+# Launcher and arguments.
 CASES = {
     "geglu": (geglu.geglu_fwd, meta(4096, 2560)),
     "geglu backward": (geglu.geglu_bwd, meta(4096, 1280), meta(4096, 2560)),
     **{f"group_norm_silu {size}": group_norm_case(x) for size, x in IMAGES.items()},
     **{f"group_norm_silu backward {size}": group_norm_bwd_case(x) for size, x in IMAGES.items()},
+    **{f"layer_norm {width}": layer_norm_case(width) for width in (320, 1280)},
+    **{f"layer_norm backward {width}": layer_norm_bwd_case(width, from_output=False) for width in (320, 1280)},
+    "layer_norm backward from the output": layer_norm_bwd_case(1280, from_output=True),
 }
 
 
@@ -63,3 +77,8 @@ def test_kernel_fits_the_card(case, target):
 def test_group_norm_launches(size, forward, backward):
     assert len(launches(*CASES[f"group_norm_silu {size}"])) == forward
     assert len(launches(*CASES[f"group_norm_silu backward {size}"])) == backward
+
+
+@pytest.mark.parametrize("case", ["layer_norm 320", "layer_norm backward 320", "layer_norm backward from the output"])
+def test_layer_norm_launches(case):
+    assert len(launches(*CASES[case])) == 1

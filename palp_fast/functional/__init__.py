@@ -7,11 +7,12 @@ another device.
 """
 
 from palp_fast import ops as _ops  # noqa: F401  (registers the operators)
-from palp_fast.functional.frozen import geglu, group_norm_silu
+from palp_fast.functional.frozen import geglu, group_norm_silu, layer_norm
 from palp_fast.functional.lora import lora_linear
 from palp_fast.functional.noise import add_noise, renoise
 from palp_fast.functional.score import score_combination, score_residual
 
 __all__ = [
-    "add_noise", "geglu", "group_norm_silu", "lora_linear", "renoise", "score_combination", "score_residual",
+    "add_noise", "geglu", "group_norm_silu", "layer_norm", "lora_linear", "renoise", "score_combination",
+    "score_residual",
 ]
