@@ -14,10 +14,11 @@ import torch
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 OPERATORS = (
     "score_combination", "renoise", "add_noise", "timestep_sample", "timestep_update", "lora_linear",
-    "grad_norm", "adamw", "lion", "geglu", "group_norm_silu", "layer_norm",
+    "grad_norm", "adamw", "lion", "geglu", "group_norm_silu", "layer_norm", "frozen_conv2d", "frozen_linear",
 )
 TRITON = ("geglu", "group_norm_silu", "layer_norm")  # those that kernels/palp has
-_EVERYWHERE = tuple(name for name in OPERATORS if name not in ("lora_linear", *TRITON))
+_TORCH = ("lora_linear", "frozen_conv2d", "frozen_linear")  # products, left to torch's libraries
+_EVERYWHERE = tuple(name for name in OPERATORS if name not in (*_TORCH, *TRITON))
 # By device type, the operators that csrc/ has for it.
 COMPILED = {"cpu": _EVERYWHERE, "cuda": _EVERYWHERE}
 TITLES = {"cpu": "C++", "cuda": "CUDA"}

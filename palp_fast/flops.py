@@ -28,6 +28,30 @@ def lora_linear_bwd_flop(
     return factors + (2 * rows * d_in * (d_out + rank) if need_x else 0)
 
 
+@register_flop_formula(torch.ops.palp_fast.frozen_linear)
+def frozen_linear_flop(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
+    """x W^T."""
+    return 2 * math.prod(x_shape[:-1]) * math.prod(weight_shape)
+
+
+@register_flop_formula(torch.ops.palp_fast.frozen_linear_bwd)
+def frozen_linear_bwd_flop(grad_shape, weight_shape, *_, out_shape=None, **__) -> int:
+    """dY W."""
+    return 2 * math.prod(grad_shape[:-1]) * math.prod(weight_shape)
+
+
+@register_flop_formula(torch.ops.palp_fast.frozen_conv2d)
+def frozen_conv2d_flop(_x_shape, weight_shape, *_, out_shape=None, **__) -> int:
+    """A product of C / groups, h and w terms for each element of the result."""
+    return 2 * math.prod(out_shape) * math.prod(weight_shape[1:])
+
+
+@register_flop_formula(torch.ops.palp_fast.frozen_conv2d_bwd)
+def frozen_conv2d_bwd_flop(grad_shape, weight_shape, *_, out_shape=None, **__) -> int:
+    """As many: each element of the gradient meets the weights that it was made with."""
+    return 2 * math.prod(grad_shape) * math.prod(weight_shape[1:])
+
+
 def _elementwise(*_, out_shape=None, **__) -> int:
     """No matrix product: 0, as torch counts its own pointwise operators."""
     return 0

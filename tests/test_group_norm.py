@@ -3,13 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from close import assert_as_good, assert_close
+from close import NEEDS_CUDA, assert_as_good, assert_close
 from saved import saved_bytes
 from torch._subclasses import FakeTensorMode
 
 from palp_fast import functional as PF
 
 GROUPS, SHAPE = 3, (2, 6, 4, 5)
+SIZES = [(320, 64), (640, 32), (1280, 16), (2560, 8)]  # of SD1.x
 LAYOUTS = {
     "contiguous": lambda x: x,
     "channels-last": lambda x: x.to(memory_format=torch.channels_last),
@@ -95,7 +96,7 @@ def test_compiles_in_one_graph():
     assert_close(torch.autograd.grad(compiled(x).sum(), x)[0], torch.autograd.grad(twice(x).sum(), x)[0], 1e-6)
 
 
-@pytest.mark.parametrize(("channels", "size"), [(320, 64), (640, 32), (1280, 16), (2560, 8)])
+@pytest.mark.parametrize(("channels", "size"), SIZES)
 def test_keeps_its_input_and_statistics_alone(channels, size):
     with FakeTensorMode():
         x = torch.empty(2, channels, size, size, dtype=torch.float16, requires_grad=True)
@@ -104,6 +105,27 @@ def test_keeps_its_input_and_statistics_alone(channels, size):
         torchs = saved_bytes(lambda: plain(x, 32, weight, bias), weight, bias)
     assert mine == 2 * x.numel() + 2 * 4 * 2 * 32
     assert torchs > 2 * 2 * x.numel()  # and what SiLU takes
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("channels", "size"), SIZES)
+def test_on_a_gpu(channels, size, dtype, last):
+    x = (2 * torch.randn(2, channels, size, size, device="cuda") + 1).to(dtype)
+    x = x.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+    weight, bias = torch.randn(2, channels, device="cuda", dtype=dtype)
+    grad = torch.randn_like(x)
+
+    def run(function, compute):
+        leaf = x.detach().to(compute).requires_grad_()
+        out = function(leaf, 32, weight.to(compute), bias.to(compute))
+        return out, *torch.autograd.grad(out, leaf, grad.to(compute))
+
+    found, again = run(PF.group_norm_silu, dtype), run(PF.group_norm_silu, dtype)
+    for name, *values in zip(("output", "x"), found, run(plain, dtype), run(plain, torch.float64)):
+        assert_as_good(*values, 1e-6, name)
+    assert all(map(torch.equal, found, again))
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from close import assert_as_good, assert_close
+from close import NEEDS_CUDA, assert_as_good, assert_close
 from saved import saved, saved_bytes
 from torch._subclasses import FakeTensorMode
 
@@ -110,6 +110,25 @@ def test_keeps_one_tensor(tokens, width):
         # Followed by a trained layer: its input is the one tensor kept, where torch keeps two.
         assert bytes_of(norms["output"], projected=True) == size + 4 * rows
         assert bytes_of(lambda: plain(x, weight, bias), projected=True) > 2 * size
+
+
+@NEEDS_CUDA
+@KEEP
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [320, 640, 1280])
+def test_on_a_gpu(width, dtype, keep):
+    x = (2 * torch.randn(300, width, device="cuda") + 1).to(dtype)
+    weight, bias = (0.5 + torch.rand(2, width, device="cuda")).to(dtype)
+    grad = torch.randn_like(x)
+
+    def run(function, compute):
+        leaf = x.detach().to(compute).requires_grad_()
+        out = function(leaf, weight.to(compute), bias.to(compute))
+        return out, *torch.autograd.grad(out, leaf, grad.to(compute))
+
+    found = run(lambda *given: PF.layer_norm(*given, keep=keep), dtype)
+    for name, *values in zip(("output", "x"), found, run(plain, dtype), run(plain, torch.float64)):
+        assert_as_good(*values, 1e-5, name)
 
 
 def test_keeps_its_own_tensors_and_no_copies():

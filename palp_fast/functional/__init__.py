@@ -10,9 +10,10 @@ from palp_fast import ops as _ops  # noqa: F401  (registers the operators)
 from palp_fast.functional.frozen import geglu, group_norm_silu, layer_norm
 from palp_fast.functional.lora import lora_linear
 from palp_fast.functional.noise import add_noise, renoise
+from palp_fast.functional.products import frozen_conv2d, frozen_linear
 from palp_fast.functional.score import score_combination, score_residual
 
 __all__ = [
-    "add_noise", "geglu", "group_norm_silu", "layer_norm", "lora_linear", "renoise", "score_combination",
-    "score_residual",
+    "add_noise", "frozen_conv2d", "frozen_linear", "geglu", "group_norm_silu", "layer_norm", "lora_linear", "renoise",
+    "score_combination", "score_residual",
 ]

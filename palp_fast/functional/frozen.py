@@ -42,7 +42,8 @@ def group_norm_silu(
     checks.floating("x", x)
     checks.integer("num_groups", num_groups, 1)
     if x.dim() < 2 or x.shape[1] % num_groups:
-        raise ValueError(f"x has shape {list(x.shape)}: allowed is [B, C, ...], C a multiple of num_groups={num_groups}")
+        allowed = f"[B, C, ...], C a multiple of num_groups={num_groups}"
+        raise ValueError(f"x has shape {list(x.shape)}: allowed is {allowed}")
     checks.optional_table("weight", weight, (x.shape[1],), x)
     checks.optional_table("bias", bias, (x.shape[1],), x)
     checks.number("eps", eps)
