@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -157,6 +159,19 @@ def deterministic(enabled: bool = True) -> None:
     if not isinstance(enabled, bool):
         raise TypeError(f"enabled={enabled!r}: allowed are True and False")
     _deterministic = enabled
+
+
+@contextlib.contextmanager
+def repeatable_cudnn(device: torch.device) -> Iterator[None]:
+    """Within, cuDNN picks among repeatable algorithms, by rule and not by timing, unless all are allowed."""
+    flags = torch.backends.cudnn
+    before = flags.deterministic, flags.benchmark
+    if device.type == "cuda" and _deterministic:
+        flags.deterministic, flags.benchmark = True, False
+    try:
+        yield
+    finally:
+        flags.deterministic, flags.benchmark = before
 
 
 def is_deterministic() -> bool:

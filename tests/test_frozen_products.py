@@ -8,6 +8,7 @@ from saved import saved_bytes
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from palp_fast import backend
 from palp_fast import functional as PF
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -121,6 +122,18 @@ def test_empty_and_meta(name):
     y = mine(meta, weight.to("meta"), bias.to("meta"))
     y.sum().backward()
     assert y.shape == peer(x).shape and meta.grad.shape == x.shape
+
+
+def test_cudnn_is_held_to_repeatable_algorithms(monkeypatch):
+    flags = torch.backends.cudnn
+    monkeypatch.setattr(flags, "benchmark", True)
+    seen = []
+    for allowed, kind in ((True, "cuda"), (False, "cuda"), (True, "cpu")):
+        monkeypatch.setattr(backend, "_deterministic", allowed)
+        with backend.repeatable_cudnn(torch.device(kind)):
+            seen.append((flags.deterministic, flags.benchmark))
+        assert (flags.deterministic, flags.benchmark) == (False, True)
+    assert seen == [(True, False), (False, True), (False, True)]
 
 
 @EACH

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from palp_fast.kernels.group_norm_tile import LAUNCHES, channel_values, flat, group_sum, launch_tiles, place, plan
 from palp_fast.kernels.group_norm_tile import start, tile
-from palp_fast.kernels.launch import compute_type, settings
+from palp_fast.kernels.launch import compute_type, contiguous, settings
 from palp_fast.reference.dtypes import compute_dtype
 from palp_fast.reference.layout import empty_in_layout_of
 
@@ -131,6 +131,7 @@ def group_norm_silu_fwd(
     if x.numel() == 0:
         return y, mean, rstd
     x, out, compute = flat(x), flat(y), compute_type(x)
+    weight, bias = contiguous(weight, bias)
     laid = plan(x, groups, held=1)
     sizes, strides = (groups, x.shape[2], laid.blocks), (*x.stride(), *out.stride())
     if laid.chunks == 0:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from palp_fast.kernels.group_norm_tile import LAUNCHES, channel_values, flat, group_sum, launch_tiles, place, plan
 from palp_fast.kernels.group_norm_tile import start, tile
-from palp_fast.kernels.launch import compute_type, settings
+from palp_fast.kernels.launch import compute_type, contiguous, settings
 from palp_fast.reference.layout import channels_last, empty_in_layout_of, in_layout
 
 
@@ -140,7 +140,7 @@ def group_norm_silu_bwd(
     groups = mean.shape[1]
     grad, x, out, compute = flat(grad), flat(x), flat(dx), compute_type(x)
     laid = plan(x, groups, held=2)
-    given, sizes = (grad, x, weight, bias, mean, rstd), (groups, x.shape[2], laid.blocks)
+    given, sizes = (grad, x, *contiguous(weight, bias, mean, rstd)), (groups, x.shape[2], laid.blocks)
     strides = (*grad.stride(), *x.stride(), *out.stride())
     if laid.chunks == 0:
         launch_tiles(group_norm_bwd_kernel, laid, x, groups, *given, out, *sizes, *strides, SILU=silu, COMPUTE=compute)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from palp_fast.kernels.launch import compute_type, launch, settings
+from palp_fast.kernels.launch import compute_type, contiguous, launch, settings
 from palp_fast.reference.dtypes import compute_dtype
 
 
@@ -95,7 +95,8 @@ def layer_norm_fwd(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     mean, rstd = (torch.empty(x.shape[:-1], dtype=compute_dtype([x]), device=x.device) for _ in range(2))
     flat = _rows(x)
-    _launch(layer_norm_fwd_kernel, flat, flat, weight, bias, y, mean, rstd, *flat.shape, eps, flat.stride(0))
+    given = flat, *contiguous(weight, bias)
+    _launch(layer_norm_fwd_kernel, flat, *given, y, mean, rstd, *flat.shape, eps, flat.stride(0))
     return y, mean, rstd
 
 
@@ -105,8 +106,8 @@ def layer_norm_bwd(
     """Gradient to x; kept: x, or y where mean is None."""
     dx = torch.empty(kept.shape, dtype=kept.dtype, device=kept.device)
     grad, kept = _rows(grad), _rows(kept)
-    _launch(layer_norm_bwd_kernel, kept, grad, kept, weight, bias, mean, rstd, dx, *kept.shape, grad.stride(0),
-            kept.stride(0))
+    given = grad, kept, *contiguous(weight, bias, mean, rstd)
+    _launch(layer_norm_bwd_kernel, kept, *given, dx, *kept.shape, grad.stride(0), kept.stride(0))
     return dx
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from palp_fast.backend import repeatable_cudnn
 from palp_fast.reference.layout import channels_last, in_layout
 
 
@@ -21,7 +22,9 @@ def frozen_conv2d_ref(
 ) -> Tensor:
     """x [B, C, H, W], weight [d_out, C / groups, h, w] -> y in the dtype of x, channels-last if either of them is."""
     shift = None if bias is None else bias.to(x.dtype)
-    y = torch.ops.aten.convolution(x, weight.to(x.dtype), shift, stride, padding, dilation, False, [0, 0], groups)
+    options = stride, padding, dilation, False, [0, 0], groups
+    with repeatable_cudnn(x.device):
+        y = torch.ops.aten.convolution(x, weight.to(x.dtype), shift, *options)
     return in_layout(y, channels_last(x) or channels_last(weight))
 
 
@@ -40,8 +43,9 @@ def frozen_conv2d_bwd_ref(
     """
     sides = zip(grad.shape[2:], weight.shape[2:], stride, padding, dilation)
     short = [whole - spanned(*side) for whole, side in zip(size, sides)]
-    kernel = weight.to(grad.dtype)
-    dx = torch.ops.aten.convolution(grad, kernel, None, stride, padding, dilation, True, short, groups)
+    options = stride, padding, dilation, True, short, groups
+    with repeatable_cudnn(grad.device):
+        dx = torch.ops.aten.convolution(grad, weight.to(grad.dtype), None, *options)
     return in_layout(dx, channels_last(grad) or channels_last(weight))
 
 

@@ -46,10 +46,10 @@ def group_norm_silu_bwd_ref(
 
 
 def _wide(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> list[Tensor | None]:
-    """x as torch's kernels take it, contiguous or a channels-last image; all three in the dtype of the arithmetic."""
+    """All three as torch's kernels take them: in one dtype, contiguous, x perhaps a channels-last image."""
     compute = compute_dtype([x])
-    dense = in_layout(x, _channels_last_image(x))
-    return [None if value is None else value.to(compute) for value in (dense, weight, bias)]
+    parameters = [None if value is None else value.contiguous().to(compute) for value in (weight, bias)]
+    return [in_layout(x, _channels_last_image(x)).to(compute), *parameters]
 
 
 def _channels_last_image(x: Tensor) -> bool:

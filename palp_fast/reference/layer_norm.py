@@ -31,14 +31,16 @@ def layer_norm_bwd_ref(
     With dxhat = weight dy:  dx = rstd (dxhat - average(dxhat) - xhat average(dxhat xhat)).
     """
     compute = compute_dtype([kept])
-    wide, dxhat = kept.to(compute), grad.to(compute)
-    if mean is None:
-        xhat = wide if bias is None else wide - bias.to(compute)
-        xhat = xhat if weight is None else xhat / weight.to(compute)
-    else:
-        xhat = (wide - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
-    if weight is not None:
-        dxhat = dxhat * weight.to(compute)
-    slope = (dxhat * xhat).mean(-1, keepdim=True)
-    dx = rstd.unsqueeze(-1) * (dxhat - dxhat.mean(-1, keepdim=True) - xhat * slope)
-    return dx.to(kept.dtype).contiguous()
+    dy, wide, weight, bias = (None if value is None else value.to(compute) for value in (grad, kept, weight, bias))
+    if mean is not None:
+        return _d_input(dy, wide, mean, rstd, weight).to(kept.dtype)
+    xhat = wide if bias is None else wide - bias
+    xhat = xhat if weight is None else xhat / weight
+    dx = _d_input(dy, xhat, torch.zeros_like(rstd), torch.ones_like(rstd), weight)
+    return (dx * rstd.unsqueeze(-1)).to(kept.dtype)
+
+
+def _d_input(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
+    x, dy, wanted = x.contiguous(), dy.contiguous(), [True, False, False]
+    mean, rstd = mean.contiguous().unsqueeze(-1), rstd.contiguous().unsqueeze(-1)
+    return torch.ops.aten.native_layer_norm_backward(dy, x, x.shape[-1:], mean, rstd, weight, None, wanted)[0]

@@ -74,6 +74,13 @@ def test_gradient_of_another_layout(passes):
         assert_close(found, wanted, 2e-6)
 
 
+def test_strided_weights(passes):
+    x, given = torch.randn(2, 6, 3, 5).requires_grad_(), torch.randn(6, 2).T
+    found, wanted = (PF.group_norm_silu(x, 3, *given, backend=backend) for backend in ("triton", "reference"))
+    assert_close(found, wanted, 2e-6)
+    assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (found, wanted)), 1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:overflow")  # in elements masked off
 def test_a_large_mean_does_not_cancel(passes):
     x = torch.randn(2, 6, 4, 5) + 3000
@@ -82,6 +89,7 @@ def test_a_large_mean_does_not_cancel(passes):
     assert_close(found, torch.nn.functional.group_norm(x.double(), 3), 5e-4)
 
 
+@pytest.mark.filterwarnings("ignore:overflow")
 def test_groups_of_one_element(passes):
     x, bias = torch.randn(2, 3, 1, 1, requires_grad=True), torch.tensor([1.0, -2.0, 0.5])
     y = PF.group_norm_silu(x, 3, torch.ones(3), bias, backend="triton")

@@ -63,6 +63,13 @@ def test_expanded_gradient():
     assert_close(found, wanted, 1e-5)
 
 
+def test_strided_weights():
+    x, given = torch.randn(4, 7).requires_grad_(), torch.randn(7, 2).T
+    found, wanted = (PF.layer_norm(x, *given, backend=backend) for backend in ("triton", "reference"))
+    assert_close(found, wanted, 2e-6)
+    assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (found, wanted)), 1e-5)
+
+
 def test_a_large_mean_does_not_cancel():
     x = torch.randn(3, 7) + 3000
     # Means are rounded to 1 / 4096. The difference of the mean square and the squared mean would be off by 1.
