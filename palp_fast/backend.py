@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -14,10 +16,13 @@ import torch
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 OPERATORS = (
     "score_combination", "renoise", "add_noise", "timestep_sample", "timestep_update", "lora_linear",
-    "lora_projections", "grad_norm", "adamw", "lion", "geglu", "attention",
+    "lora_projections", "grad_norm", "adamw", "lion", "geglu", "group_norm_silu", "layer_norm", "attention",
+    "frozen_conv2d", "frozen_linear",
 )
-TRITON = ("geglu", "attention", "lora_linear", "lora_projections")  # those that kernels/palp has
-_EVERYWHERE = tuple(name for name in OPERATORS if name not in TRITON)
+# Those that kernels/palp has.
+TRITON = ("geglu", "group_norm_silu", "layer_norm", "attention", "lora_linear", "lora_projections")
+_TORCH = ("frozen_conv2d", "frozen_linear")  # products, left to torch's libraries
+_EVERYWHERE = tuple(name for name in OPERATORS if name not in (*_TORCH, *TRITON))
 # By device type, the operators that csrc/ has for it.
 COMPILED = {"cpu": _EVERYWHERE, "cuda": _EVERYWHERE}
 TITLES = {"cpu": "C++", "cuda": "CUDA"}
@@ -156,6 +161,19 @@ def deterministic(enabled: bool = True) -> None:
     if not isinstance(enabled, bool):
         raise TypeError(f"enabled={enabled!r}: allowed are True and False")
     _deterministic = enabled
+
+
+@contextlib.contextmanager
+def repeatable_cudnn(device: torch.device) -> Iterator[None]:
+    """Within, cuDNN picks among repeatable algorithms, by rule and not by timing, unless all are allowed."""
+    flags = torch.backends.cudnn
+    before = flags.deterministic, flags.benchmark
+    if device.type == "cuda" and _deterministic:
+        flags.deterministic, flags.benchmark = True, False
+    try:
+        yield
+    finally:
+        flags.deterministic, flags.benchmark = before
 
 
 def is_deterministic() -> bool:

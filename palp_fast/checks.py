@@ -5,6 +5,8 @@ Errors name the argument, what was given and what is allowed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,12 @@ def table(name: str, value: Tensor, shape: tuple[int, ...], like: Tensor) -> Non
     floating(name, value)
     _shape(name, value, shape)
     _device(name, value, like)
+
+
+def optional_table(name: str, value: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
+    """As `table`, or None."""
+    if value is not None:
+        table(name, value, shape, like)
 
 
 def per_sample(name: str, value: Tensor | None, like: Tensor, required: bool = False) -> None:
@@ -101,6 +109,12 @@ def below(name: str, value: Tensor, count: int) -> None:
         low, high = (bound.item() for bound in value.aminmax())
         if not (low >= 0 and high < count):
             raise ValueError(f"{name} has values from {low} to {high}: allowed are 0 to {count - 1}")
+
+
+def no_zero(name: str, value: Tensor) -> None:
+    """No value is 0, where they can be read."""
+    if _can_read(value) and not value.all():
+        raise ValueError(f"{name} has a 0: allowed are other values alone")
 
 
 def _can_read(value: Tensor) -> bool:
@@ -172,13 +186,9 @@ def gate(name: str, value: Tensor, x: Tensor) -> Tensor | None:
 def lora(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
     """Shapes [d_out, d_in], [d_out], [r, d_in], [d_out, r] that fit each other and x [..., d_in]."""
     for name, value in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
-        floating(name, value)
-        if value.dim() != 2:
-            raise ValueError(f"{name} has shape {list(value.shape)}: allowed is a matrix")
-        _device(name, value, x)
+        matrix(name, value, x)
     d_out, d_in = weight.shape
-    if x.dim() == 0 or x.shape[-1] != d_in:
-        raise ValueError(f"x has shape {list(x.shape)}: allowed is [..., {d_in}], the width of weight")
+    width("x", x, weight)
     _shape("lora_a", lora_a, (lora_b.shape[1], d_in))
     _shape("lora_b", lora_b, (d_out, lora_a.shape[0]))
     if bias is not None:
@@ -211,6 +221,46 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, kv_index: Tensor | No
         below("kv_index", kv_index, k.shape[0])
     elif k.shape[0] != rows:
         raise ValueError(f"k has {k.shape[0]} prompts for {rows} rows of q: allowed is one for each, or a kv_index")
+
+
+def matrix(name: str, value: Tensor, like: Tensor) -> None:
+    """A floating matrix on the device of `like`."""
+    floating(name, value)
+    if value.dim() != 2:
+        raise ValueError(f"{name} has shape {list(value.shape)}: allowed is a matrix")
+    _device(name, value, like)
+
+
+def width(name: str, value: Tensor, weight: Tensor) -> None:
+    """[..., d_in] for a weight [d_out, d_in]."""
+    if value.dim() == 0 or value.shape[-1] != weight.shape[1]:
+        allowed = f"[..., {weight.shape[1]}], the width of weight"
+        raise ValueError(f"{name} has shape {list(value.shape)}: allowed is {allowed}")
+
+
+def pair(name: str, value: int | Sequence[int], minimum: int) -> list[int]:
+    """An int of at least `minimum`, or two of them; returned as two."""
+    if not isinstance(value, (list, tuple)):
+        value = (value, value)
+    if len(value) != 2:
+        raise ValueError(f"{name}={value!r}: allowed is an int, or two")
+    for each in value:
+        integer(name, each, minimum)
+    return list(value)
+
+
+def kernel(name: str, value: Tensor, x: Tensor, padding: list[int], dilation: list[int], groups: int) -> None:
+    """A floating [d_out, C / groups, h, w] on the device of x [B, C, H, W], no larger than the padded x."""
+    floating(name, value)
+    _device(name, value, x)
+    channels = value.shape[1] * groups if value.dim() == 4 else None
+    if channels != x.shape[1] or value.shape[0] % groups:
+        allowed = f"[d_out, {x.shape[1]} / groups, h, w], d_out a multiple of groups={groups}"
+        raise ValueError(f"{name} has shape {list(value.shape)}: allowed is {allowed}")
+    for side, taps, pad, apart in zip(x.shape[2:], value.shape[2:], padding, dilation):
+        if apart * (taps - 1) >= side + 2 * pad:
+            sizes = f"{name} of shape {list(value.shape)}, dilated by {dilation}, does not fit"
+            raise ValueError(f"{sizes}: allowed is at most x of shape {list(x.shape)} padded by {padding}")
 
 
 def _shape(name: str, value: Tensor, shape) -> None:

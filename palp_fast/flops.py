@@ -57,6 +57,30 @@ def attention_bwd_flop(
     return (10 if need_kv else 6) * math.prod(q_shape) * k_shape[1]
 
 
+@register_flop_formula(torch.ops.palp_fast.frozen_linear)
+def frozen_linear_flop(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
+    """x W^T."""
+    return 2 * math.prod(x_shape[:-1]) * math.prod(weight_shape)
+
+
+@register_flop_formula(torch.ops.palp_fast.frozen_linear_bwd)
+def frozen_linear_bwd_flop(grad_shape, weight_shape, *_, out_shape=None, **__) -> int:
+    """dY W."""
+    return 2 * math.prod(grad_shape[:-1]) * math.prod(weight_shape)
+
+
+@register_flop_formula(torch.ops.palp_fast.frozen_conv2d)
+def frozen_conv2d_flop(_x_shape, weight_shape, *_, out_shape=None, **__) -> int:
+    """A product of C / groups, h and w terms for each element of the result."""
+    return 2 * math.prod(out_shape) * math.prod(weight_shape[1:])
+
+
+@register_flop_formula(torch.ops.palp_fast.frozen_conv2d_bwd)
+def frozen_conv2d_bwd_flop(grad_shape, weight_shape, *_, out_shape=None, **__) -> int:
+    """As many: each element of the gradient meets the weights that it was made with."""
+    return 2 * math.prod(grad_shape) * math.prod(weight_shape[1:])
+
+
 def _elementwise(*_, out_shape=None, **__) -> int:
     """No matrix product: 0, as torch counts its own pointwise operators."""
     return 0
@@ -84,7 +108,8 @@ def _nbytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-_PAIRS = [name + suffix for name in ("score_combination", "renoise", "add_noise", "geglu") for suffix in ("", "_bwd")]
+_POINTWISE = ("score_combination", "renoise", "add_noise", "geglu", "group_norm_silu", "layer_norm")
+_PAIRS = [name + suffix for name in _POINTWISE for suffix in ("", "_bwd")]
 _OPTIMIZER = ["grad_norm", "adamw", "lion", "optimizer_step", "write_words"]
 _SAMPLER = ["timestep_sample", "timestep_update", "philox_words"]
 register_flop_formula([getattr(torch.ops.palp_fast, name) for name in (*_PAIRS, *_OPTIMIZER, *_SAMPLER)])(_elementwise)

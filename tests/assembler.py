@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import subprocess
 import tempfile
@@ -15,7 +16,10 @@ from triton.backends.compiler import GPUTarget
 
 from palp_fast.kernels.launch import FAMILIES, watched
 
+# Two cards stand for all but with PALP_FAST_EVERY_CARD=1: every card takes minutes.
+EVERY = os.environ.get("PALP_FAST_EVERY_CARD") == "1"
 TARGETS = {10 * major + minor: family for (major, minor), family in FAMILIES.items()}
+CARDS = TARGETS if EVERY else {target: TARGETS[target] for target in (86, 90)}
 
 
 @dataclass(frozen=True)

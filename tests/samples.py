@@ -68,6 +68,29 @@ def attention_backward() -> tuple:
     return torch.ones(3, 5, 12), q, k, v, out, lse, *rest
 
 
+
+def channel_parameters() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor([1.0, -0.5, 2.0, 0.7]), torch.tensor([0.1, 0.0, -0.3, 0.2])
+
+
+def group_statistics() -> tuple[torch.Tensor, torch.Tensor]:
+    _, mean, rstd = torch.ops.palp_fast.group_norm_silu(images(2)[1], 2, None, None, 1e-5, False)
+    return mean, rstd
+
+
+def rows() -> torch.Tensor:
+    return images(1)[0].movedim(1, -1)
+
+
+def channels_last() -> torch.Tensor:
+    return images(1)[0].to(memory_format=torch.channels_last)
+
+
+def convolution() -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(6, 2, 3, 3, generator=draw), torch.randn(6, generator=draw)
+
+
 SAMPLES = {
     "score_combination": lambda: (*images(2), images(4)[2:], [1.0, -1.0], None, 0.5, vector(), None, None),
     "score_combination_bwd": lambda: (torch.tensor(2.0), *images(1), torch.bfloat16),
@@ -88,6 +111,17 @@ SAMPLES = {
     "geglu_bwd": lambda: (images(1)[0][..., :3], images(1)[0][..., :6]),
     "attention": attention,
     "attention_bwd": attention_backward,
+    "group_norm_silu": lambda: (images(1)[0], 2, *channel_parameters(), 1e-5, True),
+    "group_norm_silu_bwd": lambda: (*images(2), *group_statistics(), *channel_parameters(), True),
+    "layer_norm": lambda: (rows(), *channel_parameters(), 1e-5, False),
+    "layer_norm, from its output": lambda: (rows(), *channel_parameters(), 1e-5, True),
+    "layer_norm_bwd": lambda: (rows(), rows(), rows()[..., 0], rows()[..., 1].exp(), *channel_parameters()),
+    "layer_norm_bwd, from the output": lambda: (rows(), rows(), None, rows()[..., 1].exp(), *channel_parameters()),
+    "frozen_conv2d": lambda: (images(1)[0], *convolution(), [2, 1], [0, 1], [1, 2], 2),
+    "frozen_conv2d, channels-last": lambda: (channels_last(), *convolution(), [1, 1], [1, 1], [1, 1], 2),
+    "frozen_conv2d_bwd": lambda: (torch.ones(3, 6, 4, 6), convolution()[0], [7, 6], [2, 1], [1, 1], [1, 1], 2),
+    "frozen_linear": lambda: (rows(), lora()["weight"][:, :4], lora()["bias"]),
+    "frozen_linear_bwd": lambda: (torch.ones(3, 5, 6), lora()["weight"]),
     "grad_norm": lambda: (update("adamw", True)[1], torch.tensor(8.0), torch.tensor(0.0), 1.0),
     "adamw": lambda: update("adamw", True),
     "adamw, 32 bits": lambda: update("adamw", False),

@@ -1,23 +1,16 @@
-"""attention's kernels with their committed settings: registers, shared memory, matrix instructions, launches.
-
-Every card's settings are compiled with PALP_FAST_EVERY_CARD=1; else one consumer card and Hopper.
-"""
-
-import os
+"""attention's kernels with their committed settings: registers, shared memory, matrix instructions, launches."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from assembler import TARGETS, compiled, launches  # noqa: E402
+from assembler import CARDS, EVERY, compiled, launches  # noqa: E402
 from palp_fast.kernels.attention import attention_fwd  # noqa: E402
 from palp_fast.kernels.attention_bwd import attention_bwd  # noqa: E402
 from palp_fast.kernels.attention_parts import Parts, parts  # noqa: E402
 from palp_fast.kernels.launch import SHARED_KIB  # noqa: E402
 
-EVERY = os.environ.get("PALP_FAST_EVERY_CARD") == "1"
-CARDS = TARGETS if EVERY else {target: TARGETS[target] for target in (86, 90)}
 DTYPES = [torch.float16, torch.bfloat16] if EVERY else [torch.float16]
 # Queries, width and number of heads: SD1.x at its three resolutions, SDXL.
 SHAPES = [(4096, 40, 8), (1024, 80, 8), (256, 160, 8), (4096, 64, 10)]
@@ -47,7 +40,7 @@ def test_kernels_fit_the_card(queries, width, heads, keys, dtype, target):
     for kernel in found:
         print(kernel)
         assert kernel.spilled <= MAY_SPILL.get((target, width), 0), kernel
-        assert kernel.shared <= 1024 * SHARED_KIB[TARGETS[target]], kernel
+        assert kernel.shared <= 1024 * SHARED_KIB[CARDS[target]], kernel
         if target != 75:
             assert kernel.products > 0 or "sum" in kernel.kernel
 

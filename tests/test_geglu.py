@@ -3,6 +3,8 @@
 import pytest
 import torch
 from close import assert_as_good
+from saved import saved_bytes
+from torch._subclasses import FakeTensorMode
 
 from palp_fast import functional as PF
 
@@ -35,6 +37,14 @@ def test_keeps_its_input_alone():
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         PF.geglu(x)
     assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(4096, 1280), (1024, 2560), (256, 5120)])
+def test_keeps_two_thirds_of_what_torch_keeps(tokens, width):
+    with FakeTensorMode():
+        x = torch.empty(2, tokens, 2 * width, dtype=torch.float16, requires_grad=True)
+        assert saved_bytes(lambda: PF.geglu(x)) == 2 * x.numel()
+        assert saved_bytes(lambda: plain(x)) == 3 * x.numel()  # and the gelu
 
 
 def test_bad_arguments_are_named():

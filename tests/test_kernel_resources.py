@@ -8,67 +8,77 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from assembler import TARGETS, compiled  # noqa: E402
-from palp_fast.kernels import geglu, lora  # noqa: E402
+from assembler import CARDS, compiled, launches  # noqa: E402
+from palp_fast.kernels import geglu, group_norm, group_norm_bwd, layer_norm  # noqa: E402
 from palp_fast.kernels.launch import SHARED_KIB  # noqa: E402
 
-HALF, FLOAT = torch.float16, torch.float32
+HALF = torch.float16
 
 
 def meta(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def projections(rows: int, width: int, rank: int, dtype: torch.dtype, *, backward: bool = False) -> tuple:
-    """q, k and v of one input with shadows of A, per-sample strength."""
-    x = meta(2, rows // 2, width, dtype=dtype)
-    factors = meta(rank, width, dtype=FLOAT), meta(width, rank, dtype=FLOAT)
-    weights = meta(3 * width, width, dtype=dtype), meta(3 * rank, width, dtype=dtype)
-    arguments = (x, *weights, *factors * 3, 1.0, meta(2, dtype=FLOAT))
-    if backward:
-        return lora.lora_projections_bwd, x, x, x, *arguments, True
-    return lora.lora_projections_fwd, *arguments
+def image(channels: int, size: int, last: bool = True) -> torch.Tensor:
+    return meta(2, channels, size, size).to(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-def projection(rows: int, width: int, rank: int, dtype: torch.dtype, *, backward: bool = False) -> tuple:
-    """The out projection, its A in 32 bits."""
-    x = meta(2, rows // 2, width, dtype=dtype)
-    factors = meta(rank, width, dtype=FLOAT), meta(width, rank, dtype=FLOAT)
-    if backward:
-        return lora.lora_linear_bwd, x, x, meta(width, width, dtype=dtype), *factors, 1.0, None, True
-    return lora.lora_linear_fwd, x, meta(width, width, dtype=dtype), meta(width, dtype=dtype), *factors, x, 1.0, None
+def group_norm_case(x: torch.Tensor) -> tuple:
+    return group_norm.group_norm_silu_fwd, x, 32, *meta(2, x.shape[1]), 1e-5, True
 
 
-# Launcher and arguments at sizes of SD1.x.
+def group_norm_bwd_case(x: torch.Tensor) -> tuple:
+    statistics = meta(2, x.shape[0], 32, dtype=torch.float32)
+    return group_norm_bwd.group_norm_silu_bwd, x, x, *statistics, *meta(2, x.shape[1]), True
+
+
+def layer_norm_case(width: int) -> tuple:
+    return layer_norm.layer_norm_fwd, meta(4096, width), *meta(2, width), 1e-5, False
+
+
+def layer_norm_bwd_case(width: int, from_output: bool) -> tuple:
+    mean, rstd = meta(2, 4096, dtype=torch.float32)
+    given = meta(4096, width), meta(4096, width), None if from_output else mean, rstd
+    return layer_norm.layer_norm_bwd, *given, *meta(2, width)
+
+
+# Sizes of SD1.x.
+IMAGES = {
+    "320 x 64 x 64": image(320, 64), "1280 x 16 x 16": image(1280, 16), "2560 x 8 x 8": image(2560, 8),
+    "320 x 64 x 64 contiguous": image(320, 64, last=False),
+}
+# Launcher and arguments.
 CASES = {
     "geglu": (geglu.geglu_fwd, meta(4096, 2560)),
     "geglu backward": (geglu.geglu_bwd, meta(4096, 1280), meta(4096, 2560)),
-} | {
-    f"{made.__name__}{' backward' * backward} {rows} x {width}, rank {rank}, {str(dtype)[6:]}":
-        made(rows, width, rank, dtype, backward=backward)
-    for made, ranks, dtypes in ((projections, (32, 4), (HALF, torch.bfloat16)), (projection, (32,), (HALF,)))
-    for rows, width in ((4096, 320), (1024, 640), (256, 1280))
-    for rank in ranks
-    for dtype in dtypes
-    for backward in (False, True)
-} | {
-    # Numbers that are 1 are constants to the compiler; a rank of 128 is more than one tile.
-    f"projections{' backward' * backward} {rows} x {width}, rank {rank}":
-        projections(rows, width, rank, HALF, backward=backward)
-    for rows, width, rank in ((2, 1, 1), (1024, 640, 128))
-    for backward in (False, True)
+    **{f"group_norm_silu {size}": group_norm_case(x) for size, x in IMAGES.items()},
+    **{f"group_norm_silu backward {size}": group_norm_bwd_case(x) for size, x in IMAGES.items()},
+    **{f"layer_norm {width}": layer_norm_case(width) for width in (320, 1280)},
+    **{f"layer_norm backward {width}": layer_norm_bwd_case(width, from_output=False) for width in (320, 1280)},
+    "layer_norm backward from the output": layer_norm_bwd_case(1280, from_output=True),
 }
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", CARDS)
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_fits_the_card(case, target):
-    if TARGETS[target] == "turing" and case.startswith("projection"):
-        pytest.skip("Triton has no tensor-core product for sm_75: cuBLAS makes these there")
     launcher, *arguments = CASES[case]
     found = compiled(launcher, *arguments, target=target)
     assert found
     for kernel in found:
         print(kernel)
         assert kernel.spilled == 0, kernel
-        assert kernel.shared <= 1024 * SHARED_KIB[TARGETS[target]], kernel
+        assert kernel.shared <= 1024 * SHARED_KIB[CARDS[target]], kernel
+
+
+@pytest.mark.parametrize(("size", "forward", "backward"), [
+    ("320 x 64 x 64", 2, 2), ("1280 x 16 x 16", 1, 2), ("2560 x 8 x 8", 1, 1), ("320 x 64 x 64 contiguous", 2, 2),
+])
+def test_group_norm_launches(size, forward, backward):
+    assert len(launches(*CASES[f"group_norm_silu {size}"])) == forward
+    assert len(launches(*CASES[f"group_norm_silu backward {size}"])) == backward
+
+
+@pytest.mark.parametrize("case", ["layer_norm 320", "layer_norm backward 320", "layer_norm backward from the output"])
+def test_layer_norm_launches(case):
+    assert len(launches(*CASES[case])) == 1

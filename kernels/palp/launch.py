@@ -63,6 +63,11 @@ def watched(watch: Callable, family: str | None = None) -> Iterator[None]:
         _watch, _assumed_family = before
 
 
+def contiguous(*values: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Each of them contiguous: for small ones, which kernels read without strides."""
+    return tuple(None if value is None else value.contiguous() for value in values)
+
+
 def compute_type(*tensors: Tensor | None) -> tl.dtype:
     """tl.float64 if any tensor is fp64 (for gradcheck), else tl.float32: what kernels compute in."""
     wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)

@@ -8,14 +8,16 @@ another device.
 
 from palp_fast import ops as _ops  # noqa: F401  (registers the operators)
 from palp_fast.functional.attention import attention
-from palp_fast.functional.frozen import geglu
+from palp_fast.functional.frozen import geglu, group_norm_silu, layer_norm
 from palp_fast.functional.lora import lora_linear, lora_projections
 from palp_fast.functional.lora_attention import lora_attention
 from palp_fast.functional.noise import add_noise, renoise
+from palp_fast.functional.products import frozen_conv2d, frozen_linear
 from palp_fast.functional.score import score_combination, score_residual
 from palp_fast.functional.weights import AttentionWeights, Projections
 
 __all__ = [
-    "AttentionWeights", "Projections", "add_noise", "attention", "geglu", "lora_attention", "lora_linear",
-    "lora_projections", "renoise", "score_combination", "score_residual",
+    "AttentionWeights", "Projections", "add_noise", "attention", "frozen_conv2d", "frozen_linear", "geglu",
+    "group_norm_silu", "layer_norm", "lora_attention", "lora_linear", "lora_projections", "renoise",
+    "score_combination", "score_residual",
 ]
