@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import palp_fast
 from palp_fast import functional as PF
 from palp_fast.functional import attention_providers
-from palp_fast.kernels.attention_table import Case
+from palp_fast.functional.attention_table import Case
 
 HEADS, WIDTH = 2, 24
 SHARED = torch.tensor([1, 0, 1])

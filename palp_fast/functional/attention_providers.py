@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from palp_fast import backend
-from palp_fast.kernels.attention_table import TABLE, Case
+from palp_fast.functional.attention_table import TABLE, Case
 
 _SDPA = {
     "sdpa": None,

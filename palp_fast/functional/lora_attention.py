@@ -40,15 +40,16 @@ def lora_attention(
     Returns [B, N, d] in the dtype of x (under autocast: the autocast dtype), or in that of residual if it is wider.
     Gradients to x, context, kv, residual and every LoRA factor, those of a prompt summed over its rows; to no weight.
     Keeps x, context, q, k, v, the attention's result and one number per row and head; with `recompute` not q, k and v,
-    which the backward pass then makes again. provider, of the softmax attention: "auto" alone in this version. Raises
-    TypeError or ValueError for bad arguments, RuntimeError if `backend` cannot serve.
+    which the backward pass then makes again. provider, of the softmax attention: as in `attention`; with `recompute`
+    this package's operator alone, "auto" or "triton". Raises TypeError or ValueError for bad arguments, RuntimeError
+    if `provider` or `backend` cannot serve.
     """
     _check(x, context, weights, heads, kv, kv_index)
-    if provider != "auto":
-        raise ValueError(f"provider={provider!r}: allowed is 'auto'")
+    if recompute and provider not in ("auto", "triton"):
+        raise ValueError(f"provider={provider!r} with recompute=True: allowed are 'auto' and 'triton'")
     if softmax_scale is None:
         softmax_scale = (weights.out.shape[1] // heads) ** -0.5
-    checks.number("softmax_scale", softmax_scale)
+    checks.positive("softmax_scale", softmax_scale)
     device = x.device.type
     enabled = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if enabled else x.dtype
@@ -56,7 +57,7 @@ def lora_attention(
     with torch.autocast(device, enabled=False) if enabled else contextlib.nullcontext():
         inputs = _inputs(x, context, weights, lora_scale, kv_index)
         attended = _recomputed if recompute and torch.is_grad_enabled() else _attended
-        made = attended(inputs, kv, kv_index, heads, softmax_scale, backend)
+        made = attended(inputs, kv, kv_index, heads, softmax_scale, provider, backend)
         out = (weights.out, weights.out_bias, *weights.out_lora)
         return lora_linear_residual(made, *out, residual, lora_scale, backend=backend)
 
@@ -78,19 +79,22 @@ def _per_prompt(lora_scale: float | Tensor, kv_index: Tensor | None, context: Te
     return lora_scale.new_zeros(context.shape[0]).scatter(0, kv_index, lora_scale)
 
 
-def _attended(inputs, kv, kv_index, heads, softmax_scale, backend) -> Tensor:
+def _attended(inputs, kv, kv_index, heads, softmax_scale, provider, backend) -> Tensor:
     """The attention of `_inputs` and kv, [k, v] or empty."""
     q, k, v = (*(y for call in inputs for y in lora_projections(*call, backend=backend)), *kv)
-    return attention(q, k, v, heads, softmax_scale=softmax_scale, kv_index=kv_index, backend=backend)
+    options = {"softmax_scale": softmax_scale, "kv_index": kv_index, "provider": provider, "backend": backend}
+    return attention(q, k, v, heads, **options)
 
 
-def _recomputed(inputs, kv, kv_index, heads, softmax_scale, backend) -> Tensor:
+def _recomputed(inputs, kv, kv_index, heads, softmax_scale, provider, backend) -> Tensor:
     """The same by one node of the graph."""
     groups = []
     for call in inputs:
         *tensors, number, gate = projection_arguments(*call)
         groups += [*tensors, gate]
-    kinds = (kind(name, inputs[0][0].device, backend) for name in ("lora_projections", "attention"))
+    device = inputs[0][0].device
+    asked = provider if backend == "auto" else backend
+    kinds = kind("lora_projections", device, backend), kind("attention", device, asked)
     plan = Plan(*kinds, heads, float(softmax_scale), number)
     return RecomputedAttention.apply(plan, *(kv or (None, None)), kv_index, *groups)
 
