@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from palp_fast.zoo import build, check, demo, language, muon, tokenizer
+from palp_fast.zoo import build, check, demo, diffusion, language, muon, tokenizer
 from palp_fast.zoo.captions import STYLE_PHRASES, caption, noun_phrase
 from palp_fast.zoo.render import THUMBNAIL, Scene, Thumbnails, compose, training_scene
 from palp_fast.zoo.training import learning_rate
@@ -213,5 +213,28 @@ def test_text_encoder_learns_what_captions_look_like(tmp_path, scenes, sprites):
     small = Thumbnails(sprites)
     thumbnails = torch.from_numpy(np.stack([small.draw(scene) for scene in scenes[:200]]))
     encoder, losses = language.build_text_encoder(words), []
-    language.train(encoder, ids, thumbnails, lambda step, loss: losses.append(loss), steps=200, batch=16)
-    assert losses[-1] < 0.7 * losses[0]
+    language.train(encoder, ids, thumbnails, lambda step, **loss: losses.append(loss), steps=200, batch=16)
+    for name in ("whole_loss", "part_loss"):
+        assert losses[-1][name] < 0.7 * losses[0][name]
+
+
+def test_parts_of_thumbnails_are_their_cells_row_by_row():
+    picture = torch.zeros(1, THUMBNAIL, THUMBNAIL, 3)
+    picture[0, 4:8, 8:12] = torch.arange(48.0).view(4, 4, 3)
+    parts = language._parts(picture)
+    assert parts.shape == (1, language.PARTS, 48 + language.PARTS)
+    assert parts[0, 6, :48].tolist() == list(range(48)) and parts[0, :, :48].sum() == parts[0, 6, :48].sum()
+    assert torch.equal(parts[0, :, 48:], torch.eye(language.PARTS))
+
+
+def test_captions_leave_the_last_tokens_to_the_parts_of_the_picture(scenes):
+    words = tokenizer.trained([], build.MODEL / "tokenizer")
+    longest = max(len(words(scene.caption).input_ids) for scene in scenes)
+    assert longest <= words.model_max_length - language.PARTS
+
+
+def test_a_unet_with_parameters_that_get_no_gradient_is_not_trained():
+    unet = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+    unet[1](torch.ones(1, 2)).sum().backward()
+    with pytest.raises(RuntimeError, match="2 parameters of the UNet get no gradient, the first of them 0.weight"):
+        diffusion._demand_gradients(unet)

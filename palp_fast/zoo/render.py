@@ -11,6 +11,7 @@ from palp_fast.zoo.sprites import shrink
 from palp_fast.zoo.world import BACKGROUNDS, COLOURS, STYLES, World
 
 SIDE, THUMBNAIL = 64, 16
+SHIFT = 4  # pixels that a subject may lie off the middle, each way
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,11 @@ def compose(sprites: np.ndarray, scene: Scene) -> np.ndarray:
     canvas = background_picture(scene.background, draw)
     style, count = STYLES.index(scene.style), len(scene.subjects)
     for slot, subject in enumerate(scene.subjects):
-        side = round(SIDE * (draw.uniform(0.62, 0.92) if count == 1 else draw.uniform(0.44, 0.52)))
-        left = draw.uniform(0, SIDE / count - side) if side < SIDE / count else 0
-        x, y = round(slot * SIDE / count + left), round(draw.uniform(0, SIDE - side))
-        canvas.alpha_composite(shrink(Image.fromarray(sprites[subject, style]), side), (min(x, SIDE - side), y))
+        side = round(SIDE * (draw.uniform(0.75, 0.9) if count == 1 else draw.uniform(0.45, 0.5)))
+        x = SIDE * (slot + 0.5) / count + draw.uniform(-SHIFT, SHIFT) / count
+        y = SIDE / 2 + draw.uniform(-SHIFT, SHIFT)
+        corner = tuple(min(max(round(middle - side / 2), 0), SIDE - side) for middle in (x, y))
+        canvas.alpha_composite(shrink(Image.fromarray(sprites[subject, style]), side), corner)
     return np.asarray(canvas.convert("RGB"))
 
 
