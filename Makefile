@@ -25,7 +25,7 @@ test: $(VENV)/installed
 	$(PY) -m pytest tests
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreter
 
-GPU_TESTS := $(addprefix tests/test_,optim_cuda add_noise sampler renoise score_residual group_norm layer_norm).py
+GPU_TESTS := $(addprefix tests/test_,optim_cuda add_noise sampler renoise score_residual group_norm layer_norm triton_cuda).py
 gpu: export PALP_FAST_CUDA := 1
 gpu: export PALP_FAST_NEED_GPU := 1
 gpu: $(VENV)/installed
