@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from palp_fast import checks, ops
+from palp_fast import checks
+from palp_fast.ops.registry import overload
 from palp_fast.reference.timestep import STRATA, proposal_ref
 
 MODES = ("uniform", "stratified", "adaptive")
@@ -67,7 +68,7 @@ class TimestepSampler:
             checks.counter(name, value, self._counts)
             for name, value in (("step", step), ("sample_offset", sample_offset))
         ]
-        op = ops.overload("timestep_sample", self._counts.device, self.backend)
+        op = overload("timestep_sample", self._counts.device, self.backend)
         mode = MODES.index(self.mode)
         state = (self._residual_scale, self._counts, self._squares)
         return op(*state, *numbers, self.seed, batch, max(whole, 1), mode, self.floor)
@@ -83,7 +84,7 @@ class TimestepSampler:
         """
         checks.vector("norms", norms, self._counts)
         checks.indices("t", t, norms)
-        op = ops.overload("timestep_update", self._counts.device, self.backend)
+        op = overload("timestep_update", self._counts.device, self.backend)
         op(self._counts, self._squares, t, norms.detach(), self.steps, MEMORY)
 
     def state_dict(self) -> dict[str, Tensor]:

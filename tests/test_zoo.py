@@ -144,6 +144,20 @@ def test_stock_diffusers_loads_the_shipped_model():
     assert np.abs(pictures[0].astype(int) - pictures[1]).mean() > 20
 
 
+def test_shipped_model_follows_style_and_background(world, sprites):
+    """24 of the check's kind of captions; the check itself asks for 97 % of 240 (docs/emoji-64.md)."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(build.MODEL)
+    pipeline.set_progress_bar_config(disable=True)
+    tests = check.cases(world, sprites, 24)
+    pictures = check.draw_captions(pipeline, [case.caption for case in tests])
+    right = np.array([check.passes(picture, case.style, case.background)
+                      for picture, case in zip(pictures, tests, strict=True)])
+    coloured_or_not = right[[case.style != "flat" for case in tests], 1]
+    assert right[:, 0].mean() >= 0.95 and coloured_or_not.mean() >= 0.9
+
+
 def test_autoencoder_keeps_a_subject_it_never_saw():
     from diffusers import AutoencoderKL
 
