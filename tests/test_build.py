@@ -226,7 +226,7 @@ def test_requests_are_met_or_refused_with_the_reason():
         backend.select("renoise", meta, "cpu")
     with pytest.raises(RuntimeError, match="the CUDA library serves cuda tensors, not cpu"):
         backend.select("renoise", cpu, "cuda")
-    with pytest.raises(RuntimeError, match="no triton operators"):
+    with pytest.raises(RuntimeError, match="no Triton version of renoise"):
         backend.select("renoise", cpu, "triton")
     with pytest.raises(ValueError, match="backend='fast': allowed are 'auto'"):
         backend.select("renoise", cpu, "fast")
