@@ -14,7 +14,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 
-from palp_fast.kernels.launch import FAMILIES, watched
+from palp_fast.kernels.launch import FAMILIES, SHARED_KIB, watched
 
 # Two cards stand for all but with PALP_FAST_EVERY_CARD=1: every card takes minutes.
 EVERY = os.environ.get("PALP_FAST_EVERY_CARD") == "1"
@@ -73,6 +73,15 @@ def compiled(launcher: Callable, *args, target: int) -> list[Resources]:
     with watched(compile_only, TARGETS[target]):
         launcher(*args)
     return found
+
+
+def assert_fits(found: list[Resources], may_spill: int = 0) -> None:
+    """Fail unless there are kernels, none spills more bytes than allowed, and shared memory is within the card's."""
+    assert found
+    for kernel in found:
+        print(kernel)
+        assert kernel.spilled <= may_spill, kernel
+        assert kernel.shared <= 1024 * SHARED_KIB[TARGETS[kernel.target]], kernel
 
 
 def launches(launcher: Callable, *args) -> list[str]:

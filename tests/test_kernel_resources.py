@@ -8,9 +8,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from assembler import CARDS, compiled, launches  # noqa: E402
+from assembler import CARDS, assert_fits, compiled, launches  # noqa: E402
 from palp_fast.kernels import geglu, group_norm, group_norm_bwd, layer_norm  # noqa: E402
-from palp_fast.kernels.launch import SHARED_KIB  # noqa: E402
 
 HALF = torch.float16
 
@@ -63,12 +62,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_fits_the_card(case, target):
     launcher, *arguments = CASES[case]
-    found = compiled(launcher, *arguments, target=target)
-    assert found
-    for kernel in found:
-        print(kernel)
-        assert kernel.spilled == 0, kernel
-        assert kernel.shared <= 1024 * SHARED_KIB[CARDS[target]], kernel
+    assert_fits(compiled(launcher, *arguments, target=target))
 
 
 @pytest.mark.parametrize(("size", "forward", "backward"), [

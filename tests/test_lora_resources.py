@@ -5,9 +5,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from assembler import CARDS, EVERY, compiled  # noqa: E402
+from assembler import CARDS, EVERY, assert_fits, compiled  # noqa: E402
 from palp_fast.kernels import lora  # noqa: E402
-from palp_fast.kernels.launch import SHARED_KIB  # noqa: E402
 
 HALF, FLOAT = torch.float16, torch.float32
 RANKS, DTYPES = ((32, 4), (HALF, torch.bfloat16)) if EVERY else ((32,), (HALF,))
@@ -61,9 +60,4 @@ def test_kernel_fits_the_card(case, target):
     if CARDS[target] == "turing":
         pytest.skip("Triton has no tensor-core product for sm_75: cuBLAS makes these there")
     launcher, *arguments = CASES[case]
-    found = compiled(launcher, *arguments, target=target)
-    assert found
-    for kernel in found:
-        print(kernel)
-        assert kernel.spilled == 0, kernel
-        assert kernel.shared <= 1024 * SHARED_KIB[CARDS[target]], kernel
+    assert_fits(compiled(launcher, *arguments, target=target))
