@@ -15,7 +15,8 @@ DTYPES = [torch.float16, torch.bfloat16] if EVERY else [torch.float16]
 SHAPES = [(4096, 40, 8), (1024, 80, 8), (256, 160, 8), (4096, 64, 10)]
 # Triton multiplies without matrix instructions on sm_75, which keeps whole rows in registers: no kernel is chosen there
 # unless asked for (attention_providers.py), and the widest heads may spill.
-MAY_SPILL = {(75, 160): 512}
+# On sm_120 dk and dv of 77 keys, 160 wide, take all 255 registers and 16 bytes: smaller tiles are to be timed first.
+MAY_SPILL = {(75, 160): 512, (120, 160): 16}
 
 
 def arguments(queries, keys, width, heads, dtype=torch.float16):
