@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-
-import torch
 from torch import Tensor
 
-from palp_fast import checks
+from palp_fast import autocast, checks
 from palp_fast.functional.attention_providers import attend, choose
 from palp_fast.ops.registry import overload
 
@@ -44,10 +41,9 @@ def attention(
         softmax_scale = (q.shape[-1] // heads) ** -0.5
     checks.positive("softmax_scale", softmax_scale)
     kind = q.device.type
-    enabled = torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if enabled else q.dtype
+    dtype = autocast.dtype_on(kind) or q.dtype
     q, k, v = (value.to(dtype) for value in (q, k, v))
-    with torch.autocast(kind, enabled=False) if enabled else contextlib.nullcontext():
+    with autocast.off(kind):
         chosen = choose(q, k, v, heads, provider, backend)
         if chosen in ("reference", "triton"):
             op = overload("attention", q.device, chosen)

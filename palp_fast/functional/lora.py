@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from palp_fast import checks
+from palp_fast import autocast, checks
 from palp_fast.functional.weights import Projections
 from palp_fast.ops.registry import overload
 
@@ -89,8 +88,6 @@ def _strength(lora_scale: float | Tensor, x: Tensor) -> tuple[float, Tensor | No
 def _in_autocast_dtype(run: Callable, x: Tensor):
     """run(x), under autocast with x in the autocast dtype and nothing else converted."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
-        return run(x)
-    x = x.to(torch.get_autocast_dtype(kind))
-    with torch.autocast(kind, enabled=False):
+    x = x.to(autocast.dtype_on(kind) or x.dtype)
+    with autocast.off(kind):
         return run(x)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 
-from palp_fast import checks
+from palp_fast import autocast, checks
 from palp_fast.functional.attention import attention
 from palp_fast.functional.lora import lora_linear_residual, lora_projections, projection_arguments
 from palp_fast.functional.recompute import Plan, RecomputedAttention
@@ -51,10 +49,9 @@ def lora_attention(
         softmax_scale = (weights.out.shape[1] // heads) ** -0.5
     checks.positive("softmax_scale", softmax_scale)
     device = x.device.type
-    enabled = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if enabled else x.dtype
+    dtype = autocast.dtype_on(device) or x.dtype
     x, context, *kv = (None if value is None else value.to(dtype) for value in (x, context, *(kv or ())))
-    with torch.autocast(device, enabled=False) if enabled else contextlib.nullcontext():
+    with autocast.off(device):
         inputs = _inputs(x, context, weights, lora_scale, kv_index)
         attended = _recomputed if recompute and torch.is_grad_enabled() else _attended
         made = attended(inputs, kv, kv_index, heads, softmax_scale, provider, backend)
