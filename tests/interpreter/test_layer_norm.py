@@ -29,8 +29,12 @@ def assert_agree(x, **options):
     found = run(x, grad, backend="triton", **options)
     peer = run(x, grad, backend="reference", **options)
     truth = run(x.double(), grad.double(), backend="reference", **options)
-    for name, mine, its, true in zip(("output", "x"), found, peer, truth):
-        assert_as_good(mine, its, true, 1e-6 if x.dtype == torch.float32 else 1e-12, name)
+    floor = 1e-6 if x.dtype == torch.float32 else 1e-12
+    # In short rows nearly all of the gradient cancels: what is left is only as good as the terms before.
+    terms = grad.double() / (x.double().var(-1, correction=0, keepdim=True) + 1e-3).sqrt()
+    floors = floor, floor * max(1.0, (terms.norm() / truth[1].norm()).item())
+    for name, mine, its, true, allowed in zip(("output", "x"), found, peer, truth, floors):
+        assert_as_good(mine, its, true, allowed, name)
 
 
 @pytest.mark.parametrize("keep", ["input", "output"])
