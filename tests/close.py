@@ -62,3 +62,8 @@ def assert_close(actual: Tensor, truth: Tensor, tolerance: float, name: str = "r
 def assert_as_good(actual: Tensor, peer: Tensor, truth: Tensor, floor: float, name: str = "result") -> None:
     """Fail if the error against the fp64 truth exceeds twice that of a PyTorch version of equal dtype, plus a floor."""
     assert_close(actual, truth, 2 * relative(peer, truth) + floor, name)
+
+
+def cancellation(terms: Tensor, left: Tensor) -> float:
+    """|terms| / |left|, at least 1: the factor by which a sum of `terms`, of which `left` is left, is less exact than they."""
+    return max(1.0, (terms.double().norm() / left.double().norm()).item())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from close import assert_as_good, assert_close
+from close import assert_as_good, assert_close, cancellation
 
 from palp_fast import functional as PF
 from palp_fast.kernels import group_norm_tile
@@ -26,9 +26,14 @@ def assert_agree(x, groups, **options):
     found = run(x, groups, backend="triton", grad=grad, **options)
     peer = run(x, groups, backend="reference", grad=grad, **options)
     truth = run(x.double(), groups, backend="reference", grad=grad.double(), **options)
-    for name, mine, its, true in zip(("output", "x"), found, peer, truth):
+    floor = 1e-6 if x.dtype == torch.float32 else 1e-12
+    # In small groups nearly all of the gradient cancels: what is left is only as exact as the terms were.
+    variance = x.reshape(len(x), groups, -1).var(-1, correction=0, keepdim=True)
+    terms = grad.reshape(len(x), groups, -1) / (variance + 1e-3).sqrt()
+    floors = floor, floor * cancellation(terms, truth[1])
+    for name, mine, its, true, allowed in zip(("output", "x"), found, peer, truth, floors):
         assert channels_last(mine) == channels_last(its), name
-        assert_as_good(mine, its, true, 1e-6 if x.dtype == torch.float32 else 1e-12, name)
+        assert_as_good(mine, its, true, allowed, name)
 
 
 @pytest.fixture(params=[ONE_PASS, TWO_PASSES], ids=["one pass", "two passes"])
