@@ -108,7 +108,8 @@ def serve(device: torch.device) -> None:
         name, shape, dtype, seconds = json.loads(line)
         try:
             operator = load()[name]
-            call = bind(operator.providers()[operator.home(device)], operator.problem(shape, getattr(torch, dtype), device))
+            problem = operator.problem(shape, getattr(torch, dtype), device)
+            call = bind(operator.providers()[operator.home(device)], problem)
             answer = {"median": interleaved({name: call}, device, seconds)[name].median}
         except Exception as error:  # an older commit may lack an operator or an argument
             answer = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}

@@ -1,7 +1,7 @@
 """group_norm_silu, 32 groups, channels-last, weight and bias frozen.
 
-Bytes with n elements: forward reads n for the statistics and again for the result and writes n, backward reads x and the
-gradient twice and writes n.
+Bytes with n elements: forward reads n for the statistics and again for the result and writes n, backward reads x and
+the gradient twice and writes n.
 """
 
 import torch

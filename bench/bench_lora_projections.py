@@ -1,6 +1,7 @@
 """lora_projections: q, k and v of one input; A and B in fp32.
 
-Bytes: forward reads x, three W, A, B and writes q, k, v; backward reads x, three gradients, W, A, B and writes dx, dA, dB.
+Bytes: forward reads x, three W, A, B and writes q, k, v; backward reads x, three gradients, W, A, B and writes dx, dA
+and dB.
 FLOPs: three times those of lora_linear.
 """
 

@@ -2,8 +2,8 @@
 
 Bytes per element: gradient read, parameter read and written (12), each 8-bit moment read and written (2). "eager" is
 torch's fused AdamW with moments in fp32 (28 bytes), Lion is written with torch's foreach operators; torch has no 8-bit
-optimizer. Judged by the change of the parameters after three steps against the rule in fp64, with room for other ways to
-quantise: bitsandbytes' AdamW8bit errs 2.7 times as much as ours, a learning rate that is off by a tenth 7 times.
+optimizer. Judged by the change of the parameters after three steps against the rule in fp64, with room for other ways
+to quantise: bitsandbytes' AdamW8bit errs 2.7 times as much as ours, a learning rate that is off by a tenth 7 times.
 """
 
 from functools import partial

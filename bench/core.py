@@ -53,8 +53,8 @@ class Operator:
     plain PyTorch and returns a function of the leaves: provider "eager", compiled the provider "torch.compile", in fp64
     the truth. ours(problem, backend) and each of `peers` likewise; a peer may return (function, its own leaves).
     registered: names in torch.ops.palp_fast that decide which of our backends serve. judge(results) -> tensors to
-    compare, where results themselves are not comparable. yardstick: whose error, times slack, is the limit. calls: how often
-    a stateful function runs before the gate looks. refused: {provider: why it is not timed}.
+    compare, where results themselves are not comparable. yardstick: whose error, times slack, is the limit. calls: how
+    often a stateful function runs before the gate looks. refused: {provider: why it is not timed}.
     """
 
     name: str

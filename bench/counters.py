@@ -50,6 +50,12 @@ class Counter(TorchDispatchMode):
                 # The chosen version's own code, past this mode, so that what it calls is seen.
                 out = getattr(func.overloadpacket, self.inside).redispatch(_CPU, *args)
         else:
+            if func._overloadpacket not in flop_registry:
+                # Below autograd, where our operators run, composite ones such as matmul arrive whole.
+                with self:
+                    out = func.decompose(*args, **kwargs)
+                if out is not NotImplemented:
+                    return out
             out = func(*args, **kwargs)
             self._note(func, args, kwargs, out)
         self.created |= {storage(tensor) for tensor in _tensors(out)} if not func.is_view else set()

@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,6 +47,11 @@ class Case:
     dtype: str
     device: str
     threads: int
+
+    @property
+    def latents(self) -> str:
+        """Channels, height and width, 4x64x64."""
+        return f"{CHANNELS[self.model]}x{self.side}x{self.side}"
 
 
 def ours(memory: str, case: Case) -> tuple[Callable, Callable]:
@@ -100,13 +106,10 @@ def save_lora(model, folder: str) -> None:
 
 
 PROVIDERS: dict[str, Callable[[Case], tuple[Callable, Callable]]] = {
-    **{f"palp_fast {memory}": (lambda case, memory=memory: ours(memory, case)) for memory in ("fast", "balanced", "low")},
-    "plain": lambda case: baseline("palp", None, case),
-    "tuned eager": lambda case: baseline("palp", "eager", case),
-    "tuned blocks": lambda case: baseline("palp", "blocks", case),
-    "tuned whole": lambda case: baseline("palp", "whole", case),
-    "tuned reduce-overhead": lambda case: baseline("palp", "reduce-overhead", case),
-    "dreambooth": lambda case: baseline("dreambooth", None, case),
+    **{f"palp_fast {memory}": partial(ours, memory) for memory in ("fast", "balanced", "low")},
+    "plain": partial(baseline, "palp", None),
+    **{f"tuned {mode}": partial(baseline, "palp", mode) for mode in ("eager", "blocks", "whole", "reduce-overhead")},
+    "dreambooth": partial(baseline, "dreambooth", None),
 }
 
 
@@ -200,7 +203,7 @@ def _row(worker: Worker, case: Case, lora_steps: int) -> StepRow:
         device=machine.device, kind=machine.kind, driver=machine.driver, threads=case.threads, torch=machine.torch,
         provider_version=version("palp_fast" if worker.provider.startswith("palp_fast") else "diffusers"),
         palp_fast=__version__, commit=machine.commit, mode="deterministic" if machine.deterministic else "any",
-        model=case.model, latents=f"{CHANNELS[case.model]}x{case.side}x{case.side}", dtype=case.dtype, provider=worker.provider,
+        model=case.model, latents=case.latents, dtype=case.dtype, provider=worker.provider,
         status="ok" if ok else "unavailable", note=worker.problem, step_s=median, p20_s=p20, p80_s=p80,
         rounds=str(len(worker.samples)) if ok else "", peak_bytes=str(peak) if ok else "",
         lora_s=f"{lora:.2f}" if lora else "", lora_steps=str(lora_steps) if lora else "")
@@ -247,7 +250,7 @@ def main(arguments: list[str] | None = None) -> None:
         folder = str(folder_of(args.model))
     case = Case(args.model, folder, side, dtype, args.device, args.threads)
     print(describe(torch.device(args.device)).header())
-    print(f"{args.model}, latents {CHANNELS[args.model]} x {side} x {side}, {dtype}: seconds of one step, median (20th, 80th percentile)")
+    print(f"{args.model}, latents {case.latents}, {dtype}: seconds of one step, median (20th, 80th percentile)")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     for row in measure(names, case, args.rounds, args.lora_steps, args.sequential):
         print(show(row), flush=True)

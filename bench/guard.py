@@ -35,7 +35,7 @@ Counts = dict[tuple[str, str], int]  # (counter, case) -> value
 
 
 def count(operator: Operator, shape: str) -> Counts:
-    """Of both passes on a layer in fp16: FLOPs by formula and inside the reference, leaf calls, bytes kept, launches."""
+    """Of both passes on a layer in fp16: FLOPs by formula and in the reference, leaf calls, bytes kept, launches."""
     case = f"{operator.name}, {shape}"
     problem = operator.problem(shape, HALF, META)
     call = bind(partial(operator.ours, backend="reference"), problem)
@@ -77,7 +77,8 @@ def resources(operator: Operator, shape: str, target: int = TARGET) -> Counts:
     for kernel in compiled(launched, target=target):
         case = f"{operator.name}, {shape}, {kernel.kernel}, sm_{target}"
         for name in ("shared", "spilled", "products"):
-            counts[f"{name} of a kernel", case] = max(getattr(kernel, name), counts.get((f"{name} of a kernel", case), 0))
+            key = f"{name} of a kernel", case
+            counts[key] = max(getattr(kernel, name), counts.get(key, 0))
     return counts
 
 
@@ -115,7 +116,8 @@ def cuda_library() -> Counts:
 
 def packaged() -> Counts:
     """Bytes of all files in the wheel but the compiled libraries, before compression."""
-    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "palp_fast", "kernels"], capture_output=True, text=True)
+    command = ["git", "-C", str(ROOT), "ls-files", "palp_fast", "kernels"]
+    listed = subprocess.run(command, capture_output=True, text=True)
     files = [ROOT / name for name in listed.stdout.splitlines()]
     return {("packaged bytes", "wheel without libraries"): sum(f.stat().st_size for f in files if f.exists())}
 

@@ -9,6 +9,7 @@ a floor: no kernel reaches its card's figures. Where a machine has measured rows
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +25,7 @@ from bench.rows import PredictionRow, RooflineRow, StepRow
 
 SAMPLES = 4  # predictions without gradient
 LAUNCH = 5e-6  # seconds of an eager PyTorch call that launches a kernel: assumed, its order of magnitude
-SPECIFICATIONS = "NVIDIA's product pages: cores, boost clock, memory; 4 FLOP per core and clock as in the Ada whitepaper"
+SPECIFICATIONS = "NVIDIA's product page: cores, boost clock, memory; 4 FLOP per core and clock (Ada whitepaper)"
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,11 @@ def geforce(name: str, bandwidth: float, cores: int, boost: float) -> Card:
 
 CARDS = [
     geforce("RTX 3060 12 GB", 360, 3584, 1.777), geforce("RTX 4060 8 GB", 272, 3072, 2.46),
-    geforce("RTX 4070", 504, 5888, 2.475), geforce("RTX 4090", 1008, 16384, 2.52), geforce("RTX 5090", 1792, 21760, 2.407),
+    geforce("RTX 4070", 504, 5888, 2.475), geforce("RTX 4090", 1008, 16384, 2.52),
+    geforce("RTX 5090", 1792, 21760, 2.407),
 ]
 SIDES = {"sd15": 64, "sdxl": 128}
+PROVIDERS = ("plain", "palp_fast fast", "dreambooth")
 
 
 class FusedAttention(TorchFunctionMode):
@@ -69,7 +72,7 @@ class FusedAttention(TorchFunctionMode):
 
 @lru_cache
 def step(size: str, side: int, dtype: torch.dtype, provider: str) -> list[Leaf]:
-    """Every leaf call of one step of one sample. provider: "plain", "dreambooth" or "palp_fast fast"."""
+    """Every leaf call of one step of one sample. provider: one of PROVIDERS."""
     model = unet(size, "meta").to(dtype).requires_grad_(False)
     if provider == "palp_fast fast":
         parameters, predict = _ours(model), lambda samples: _call(model, samples, side, lora_scale=torch.ones(
@@ -117,7 +120,9 @@ def _call(model, samples: int, side: int, **kwargs) -> torch.Tensor:
     return model(empty(4, side, side), t, encoder_hidden_states=hidden, return_dict=False, **kwargs)[0]
 
 
-def predict(card: Card, size: str, side: int, dtype: str, provider: str, measured: float | None = None) -> PredictionRow:
+def predict(
+    card: Card, size: str, side: int, dtype: str, provider: str, measured: float | None = None
+) -> PredictionRow:
     """One row; `measured`: seconds of the same step on this very card."""
     leaves = step(size, side, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype], provider)
     seconds, bound = card.seconds(leaves)
@@ -132,13 +137,12 @@ def predict(card: Card, size: str, side: int, dtype: str, provider: str, measure
 def all_rows(show: Callable[[PredictionRow], None] = lambda row: None) -> list[PredictionRow]:
     """Cards not at hand at full size, then every measured machine at the size that was measured there."""
     found = []
-    for size, provider in ((size, provider) for size in UNETS for provider in ("plain", "palp_fast fast", "dreambooth")):
+    for size, provider in itertools.product(UNETS, PROVIDERS):
         found += [predict(card, size, SIDES[size], "fp16", provider) for card in CARDS]
     limits = {row.key(): float(row.value) for row in rows.read(RooflineRow)}
     for row in rows.read(StepRow):
         known = (row.device, "copy"), (row.device, f"matmul {row.dtype}")
-        if row.status == "ok" and row.model in UNETS and row.provider in ("plain", "palp_fast fast", "dreambooth") and all(
-                key in limits for key in known):
+        if row.status == "ok" and row.model in UNETS and row.provider in PROVIDERS and set(known) <= set(limits):
             card = Card(row.device, *(limits[key] for key in known), "measured there: copy and matmul")
             side = int(row.latents.rpartition("x")[2])
             found.append(predict(card, row.model, side, row.dtype, row.provider, float(row.step_s)))

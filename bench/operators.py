@@ -14,7 +14,8 @@ from bench.core import Operator
 @lru_cache
 def load() -> dict[str, Operator]:
     """{name: Operator}, in the order of the files."""
-    modules = [importlib.import_module(f"bench.{path.stem}") for path in sorted(Path(__file__).parent.glob("bench_*.py"))]
+    files = sorted(Path(__file__).parent.glob("bench_*.py"))
+    modules = [importlib.import_module(f"bench.{file.stem}") for file in files]
     return {operator.name: operator for module in modules for operator in module.OPERATORS}
 
 

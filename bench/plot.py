@@ -14,7 +14,7 @@ LABEL, BARS, FIGURE, LINE, EDGE = 330, 330, 150, 14, 8  # pixels: columns, heigh
 
 
 def bars(title: str, groups: Sequence[tuple[str, Sequence[tuple[str, float, str]]]]) -> Image.Image:
-    """Groups of (name, [(label, length, figure)]); lengths are relative to the longest of a group, ours are coloured."""
+    """Groups of (name, [(label, length, figure)]); lengths relative to the longest of a group; ours are coloured."""
     lines = 2 + sum(2 + len(entries) for _, entries in groups)
     image = Image.new("P", (4 * ((LABEL + BARS + FIGURE) // 4), 2 * EDGE + lines * LINE), PAPER)
     draw, font, y = ImageDraw.Draw(image), ImageFont.load_default_imagefont(), EDGE
@@ -43,8 +43,9 @@ def encode(image: Image.Image) -> bytes:
         lines.append(b"\0" + bytes(packed))
     header = struct.pack(">IIBBBBB", width, height, 2, 3, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"PLTE", PALETTE), (b"IDAT", _stored(b"".join(lines))), (b"IEND", b"")]
+    parts = ((len(data), name + data) for name, data in chunks)
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks)
+        struct.pack(">I", length) + part + struct.pack(">I", zlib.crc32(part)) for length, part in parts)
 
 
 def _stored(data: bytes) -> bytes:

@@ -98,8 +98,9 @@ def machines_table() -> str:
         one = values["copy"]
         rates = ", ".join(f"{name.removeprefix('matmul ')} {float(row.value) / 1e12:.3f}"
                           for name, row in values.items() if name != "copy")
-        lines.append(f"| {device} | {one.driver or 'none'} | {one.threads} | {one.torch} | {float(one.value) / 1e9:.1f} | "
-                     f"{rates} | {one.commit} | {one.mode} |")
+        copy = float(one.value) / 1e9
+        versions = f"{one.driver or 'none'} | {one.threads} | {one.torch}"
+        lines.append(f"| {device} | {versions} | {copy:.1f} | {rates} | {one.commit} | {one.mode} |")
     return "\n".join(lines)
 
 
@@ -140,14 +141,16 @@ def predictions_table(measured: bool) -> str:
     lines.append("|" + "---|" * (lines[0].count("|") - 1))
     for row in found:
         end = f"{row.measured_s} | {float(row.error):+.0%} |" if measured else f"{row.bound} |"
-        lines.append(f"| {row.model}, {row.latents}, {row.dtype} | {row.provider} | {row.card} | {int(row.flops) / 1e12:.2f} "
-                     f"| {int(row.nbytes) / 1e9:.1f} | {row.launches} | {row.predicted_s} | {end}")
+        counted = f"{int(row.flops) / 1e12:.2f} | {int(row.nbytes) / 1e9:.1f} | {row.launches}"
+        lines.append(f"| {row.model}, {row.latents}, {row.dtype} | {row.provider} | {row.card} | {counted} | "
+                     f"{row.predicted_s} | {end}")
     return "\n".join(lines)
 
 
 def readme_table() -> str:
     """The step of every measured model against the baselines, on CPU and on CUDA."""
-    lines = ["| a PALP step, in times of ours (`memory=\"fast\"`) | plain | tuned | dreambooth (no PALP) |", "|---|---|---|---|"]
+    lines = ["| a PALP step, in times of ours (`memory=\"fast\"`) | plain | tuned | dreambooth (no PALP) |"]
+    lines.append("|---|---|---|---|")
     for kind in ("cpu", "cuda"):
         cases = [case for case in step_cases(kind) if any(_ok(row, "palp_fast fast") for row in case)]
         for case in cases:
@@ -155,7 +158,8 @@ def readme_table() -> str:
             best = {name: min((float(row.step_s) / ours for row in case if _ok(row, name)), default=None)
                     for name in ("plain", "tuned", "dreambooth")}
             figures = " | ".join(NOT_MEASURED if value is None else f"{value:.2f}" for value in best.values())
-            lines.append(f"| {case[0].model}, latents {case[0].latents}, {case[0].dtype}, {case[0].device} | {figures} |")
+            one = case[0]
+            lines.append(f"| {one.model}, latents {one.latents}, {one.dtype}, {one.device} | {figures} |")
         if not cases:
             lines.append(f"| {kind.upper()} | {' | '.join([NOT_MEASURED] * 3)} |")
     return "\n".join(lines)
@@ -218,7 +222,8 @@ def _bars(case: list, column: str) -> list[tuple[str, float, str]]:
 
 def outdated() -> list[str]:
     """Names of the files that differ from what the rows give."""
-    texts = [path.name for path in DOCUMENTS if path.read_text(encoding="utf-8") != filled(path.read_text(encoding="utf-8"))]
+    written = {path.name: path.read_text(encoding="utf-8") for path in DOCUMENTS}
+    texts = [name for name, text in written.items() if text != filled(text)]
     return texts + [path.name for kind, path in PLOTS.items() if not path.exists() or path.read_bytes() != drawn(kind)]
 
 

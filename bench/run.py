@@ -50,9 +50,12 @@ class Bench:
 
     def limits(self) -> list[RooflineRow]:
         values = {"copy": self.roofline.bandwidth} | {f"matmul {k}": v for k, v in self.roofline.rates.items()}
-        return [RooflineRow(**self.facts("torch"), quantity=name, value=f"{value:.4g}") for name, value in values.items()]
+        facts = self.facts("torch")
+        return [RooflineRow(**facts, quantity=name, value=f"{value:.4g}") for name, value in values.items()]
 
-    def measure(self, operator: Operator, shape: str, dtype: torch.dtype, wanted: Sequence[str] = ()) -> list[OperatorRow]:
+    def measure(
+        self, operator: Operator, shape: str, dtype: torch.dtype, wanted: Sequence[str] = ()
+    ) -> list[OperatorRow]:
         """The rows of one layer: right providers timed, wrong and unavailable ones with the reason."""
         problem = operator.problem(shape, dtype, self.device)
         calls, problems = right(operator, problem, dtype, wanted)
@@ -96,7 +99,8 @@ def _times(row: Row | None, limit: float) -> dict[str, str]:
     if row is None:
         return dict.fromkeys(("median_us", "p20_us", "p80_us", "rounds", "limit_us", "fraction"), "")
     times = {f"{name}_us": f"{getattr(row, name) * 1e6:.2f}" for name in ("median", "p20", "p80")}
-    return times | {"rounds": str(row.rounds), "limit_us": f"{limit * 1e6:.2f}", "fraction": f"{limit / row.median:.3f}"}
+    part = f"{limit / row.median:.3f}"
+    return times | {"rounds": str(row.rounds), "limit_us": f"{limit * 1e6:.2f}", "fraction": part}
 
 
 def chosen(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[Operator, str, torch.dtype]]:
@@ -118,7 +122,8 @@ def _matching(known: dict[str, Operator], wanted: Sequence[str], option: str) ->
 def table(operator: Operator, made: Sequence[OperatorRow], device: torch.device) -> str:
     """One line per provider: times, how many times slower than ours it is, the fraction of the machine's limit."""
     first, ours = made[0], next((row for row in made if row.provider == operator.home(device)), None)
-    lines = [f"{first.operator}: {first.shape}, {first.dtype}; {first.nbytes / 1e6:.2f} MB, {first.flops / 1e9:.3f} GFLOP"]
+    work = f"{first.nbytes / 1e6:.2f} MB, {first.flops / 1e9:.3f} GFLOP"
+    lines = [f"{first.operator}: {first.shape}, {first.dtype}; {work}"]
     for row in made:
         if row.status != "ok":
             lines.append(f"  {row.provider:22} {row.status}: {row.note}")

@@ -1,6 +1,6 @@
 """The same providers under pytest-benchmark: pytest bench --benchmark-only [-k "geglu and eager"].
 
-A group for each layer, so that the table has every provider's ratio to the fastest; PALP_FAST_BENCH=full for all layers.
+A group for each layer, whose table has every provider's ratio to the fastest; PALP_FAST_BENCH=full for all layers.
 """
 
 import os

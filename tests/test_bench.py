@@ -144,7 +144,8 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "measure_roofline", lambda *_: Roofline(1e9, {"fp32": 1e9, "bf16": 1e9}))
     file, some = tmp_path / "rows.json", ["--provider", "reference", "--provider", "eager", "--device", "cpu"]
     result = CliRunner().invoke(cli.main, [
-        "bench", "--op", "layer_norm", "--shape", "SD1.x 16x16", "--quick", "--seconds", "0.01", "--json", str(file), *some])
+        "bench", "--op", "layer_norm", "--shape", "SD1.x 16x16", "--quick", "--seconds", "0.01", "--json", str(file),
+        *some])
     assert result.exit_code == 0, result.output
     found = json.loads(file.read_text())
     assert [row["provider"] for row in found if "provider" in row] == ["palp_fast reference", "eager"]

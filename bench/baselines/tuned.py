@@ -28,7 +28,7 @@ def tune(model: PlainModel, mode: str) -> PlainModel:
 
 
 def guided_together(eps, condition, empty, scale):
-    """Classifier-free guidance, eq. 5, from one pass; eps(condition, copies) predicts for `copies` conditions at once."""
+    """Classifier-free guidance, eq. 5, from one pass: eps(condition, copies) predicts for several at once."""
     if scale in (0, 1):
         return eps(condition if scale else empty)
     batch = [torch.stack(pair) for pair in zip(condition, empty)]  # [2, 1, ...]: all samples of one, then of the other
