@@ -251,7 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
     case = Case(args.model, folder, side, dtype, args.device, args.threads)
     print(describe(torch.device(args.device)).header())
     print(f"{args.model}, latents {case.latents}, {dtype}: seconds of one step, median (20th, 80th percentile)")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     for row in measure(names, case, args.rounds, args.lora_steps, args.sequential):
         print(show(row), flush=True)
         if args.record:

@@ -70,25 +70,36 @@ class FusedAttention(TorchFunctionMode):
         return out.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-@lru_cache
 def step(size: str, side: int, dtype: torch.dtype, provider: str) -> list[Leaf]:
     """Every leaf call of one step of one sample. provider: one of PROVIDERS."""
-    model = unet(size, "meta").to(dtype).requires_grad_(False)
-    if provider == "palp_fast fast":
-        parameters, predict = _ours(model), lambda samples: _call(model, samples, side, lora_scale=torch.ones(
-            samples, device="meta"))
-    else:
-        parameters, predict = _peft(model), lambda samples: _call(model, samples, side)
-    with FusedAttention(), Counter() as counter:
-        out = predict(1)
-        torch.autograd.grad(out, parameters, torch.empty_like(out))
-        with torch.no_grad():
-            for samples in {"plain": [1] * SAMPLES, "palp_fast fast": [SAMPLES]}.get(provider, []):
-                predict(samples)
-    elements = sum(parameter.numel() for parameter in parameters)
+    ours = provider == "palp_fast fast"
+    with_grad, without, elements = passes(size, side, dtype, ours)
     # Gradient read, parameter read and written, two moments read and written: 8 bits of ours, fp32 of torch's AdamW.
-    counter.leaves.append(Leaf("optimizer", 0, elements * (16 if provider == "palp_fast fast" else 28)))
-    return counter.leaves
+    update = Leaf("optimizer", 0, elements * (16 if ours else 28))
+    return [*with_grad, *without * {"plain": SAMPLES // 2, "palp_fast fast": 1, "dreambooth": 0}[provider], update]
+
+
+@lru_cache
+def passes(size: str, side: int, dtype: torch.dtype, ours: bool) -> tuple[list[Leaf], list[Leaf], int]:
+    """(forward and backward of one sample, passes without gradient, number of LoRA parameters).
+
+    Those without gradient are ours of all samples with a strength each, or peft's of one student and one teacher.
+    """
+    model = unet(size, "meta").to(dtype).requires_grad_(False)
+    parameters = _ours(model) if ours else _peft(model)
+    with FusedAttention(), Counter() as counter:
+        out = _call(model, 1, side)
+        torch.autograd.grad(out, parameters, torch.empty_like(out))
+        with_grad = list(counter.leaves)
+        counter.leaves.clear()
+        with torch.no_grad():
+            if ours:
+                _call(model, SAMPLES, side, lora_scale=torch.ones(SAMPLES, device="meta"))
+            else:
+                _call(model, 1, side)
+                model.disable_adapters()
+                _call(model, 1, side)
+    return with_grad, counter.leaves, sum(parameter.numel() for parameter in parameters)
 
 
 def _ours(model) -> list[torch.nn.Parameter]:

@@ -40,7 +40,8 @@ class Bench:
     def facts(self, provider: str) -> dict:
         """The columns of rows.Facts."""
         machine = self.machine
-        package = {"eager": "torch", "torch.compile": "torch"}.get(provider, provider.partition(" ")[0])
+        package = provider.partition(" ")[0]
+        package = "torch" if package in ("eager", "torch.compile", "sdpa") else package
         mode = f"{'deterministic' if machine.deterministic else 'any'} {'quick' if self.quick else 'full'}"
         return {
             "device": machine.device, "kind": machine.kind, "driver": machine.driver, "threads": machine.threads,
