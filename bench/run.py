@@ -169,6 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     limits = bench.limits()
     print(bench.machine.header())
     print("limits: " + ", ".join(f"{row.quantity} {float(row.value) / 1e9:.1f} G/s" for row in limits), flush=True)
+    if args.record:
+        rows.append("roofline", limits)
     found = []
     for operator, shape, dtype in cases:
         made = bench.measure(operator, shape, dtype, args.provider)
@@ -177,8 +179,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.record and made:
             rows.append(operator.name, made)
         found += made
-    if args.record:
-        rows.append("roofline", limits)
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in (*limits, *found)], indent=1) + "\n", encoding="utf-8")
     if any(row.status == "wrong" for row in found):
