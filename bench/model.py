@@ -22,6 +22,7 @@ from bench.counters import Counter, Leaf
 from bench.layers import RANK
 from bench.random_model import UNETS, unet
 from bench.rows import PredictionRow, RooflineRow, StepRow
+from palp_fast import ops  # noqa: F401  (registers the operators)
 
 SAMPLES = 4  # predictions without gradient
 LAUNCH = 5e-6  # seconds of an eager PyTorch call that launches a kernel: assumed, its order of magnitude
