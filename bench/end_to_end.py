@@ -200,8 +200,9 @@ def _row(worker: Worker, case: Case, lora_steps: int) -> StepRow:
     ok, (peak, lora) = not worker.problem, worker.end
     median, p20, p80 = (f"{value:.4f}" for value in _spread(worker.samples)) if ok else ("", "", "")
     return StepRow(
-        device=machine.device, kind=machine.kind, driver=machine.driver, threads=case.threads, torch=machine.torch,
-        provider_version=version("palp_fast" if worker.provider.startswith("palp_fast") else "diffusers"),
+        started=machine.started, device=machine.device, kind=machine.kind, driver=machine.driver, threads=case.threads,
+        torch=machine.torch, provider_version=version(
+            "palp_fast" if worker.provider.startswith("palp_fast") else "diffusers"),
         palp_fast=__version__, commit=machine.commit, mode="deterministic" if machine.deterministic else "any",
         model=case.model, latents=case.latents, dtype=case.dtype, provider=worker.provider,
         status="ok" if ok else "unavailable", note=worker.problem, step_s=median, p20_s=p20, p80_s=p80,

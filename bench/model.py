@@ -151,7 +151,7 @@ def all_rows(show: Callable[[PredictionRow], None] = lambda row: None) -> list[P
     found = []
     for size, provider in itertools.product(UNETS, PROVIDERS):
         found += [predict(card, size, SIDES[size], "fp16", provider) for card in CARDS]
-    limits = {row.key(): float(row.value) for row in rows.read(RooflineRow)}
+    limits = {(row.device, row.quantity): float(row.value) for row in rows.read(RooflineRow)}
     for row in rows.read(StepRow):
         known = (row.device, "copy"), (row.device, f"matmul {row.dtype}")
         if row.status == "ok" and row.model in UNETS and row.provider in PROVIDERS and set(known) <= set(limits):

@@ -1,6 +1,7 @@
 """Rows of measurements as CSV under bench/results/: the schema, and how they are appended and read.
 
-One file per benchmark and device, <benchmark>-<device>.csv, only ever appended to; the last row of a key counts.
+One file per benchmark and device, <benchmark>-<device>.csv, only ever appended to. What counts of a case is its last run,
+whole, since providers are compared within a run alone.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ FOLDER = Path(__file__).resolve().parent / "results"
 
 @dataclass(frozen=True)
 class Facts:
-    """What made a row. device: name; kind: cpu or cuda; driver: of a GPU; provider_version: of the provider's package;
+    """What made a row. started: when its run began, UTC; device: name; kind: cpu or cuda; driver: of a GPU; provider_version: of the provider's package;
     commit: of palp_fast, "+" if changed since; mode: "deterministic" or "any", then "quick" or "full"."""
 
+    started: str
     device: str
     kind: str
     driver: str
@@ -52,8 +54,8 @@ class OperatorRow(Facts):
     limit_us: str
     fraction: str
 
-    def key(self) -> tuple:
-        return self.device, self.operator, self.shape, self.dtype, self.provider
+    def case(self) -> tuple:
+        return self.device, self.operator, self.shape, self.dtype
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,13 @@ class RooflineRow(Facts):
     quantity: str
     value: float
 
-    def key(self) -> tuple:
-        return self.device, self.quantity
+    def case(self) -> tuple:
+        return (self.device,)
 
 
 @dataclass(frozen=True)
 class StepRow(Facts):
-    """One provider end to end. model: "sd15", "sdxl" (random weights) or "emoji-64"; latents: "4x64x64"; dtype: of the
+    """One provider end to end, a case of its own: large models are run one provider at a time. model: "sd15", "sdxl" (random weights) or "emoji-64"; latents: "4x64x64"; dtype: of the
     frozen weights; status, note as of an operator; step_s: seconds of one optimizer step of one sample, with its 20th
     and 80th percentile; peak_bytes: of tensors on a GPU, of the process on a CPU; lora_s: from the call of train to the
     saved file with lora_steps steps, start-up included, "" where not measured."""
@@ -88,7 +90,7 @@ class StepRow(Facts):
     lora_s: str
     lora_steps: str
 
-    def key(self) -> tuple:
+    def case(self) -> tuple:
         return self.device, self.model, self.latents, self.dtype, self.provider
 
 
@@ -114,7 +116,9 @@ class PredictionRow:
     measured_s: str
     error: str
 
-    def key(self) -> tuple:
+    started = ""
+
+    def case(self) -> tuple:
         return self.card, self.model, self.latents, self.dtype, self.provider
 
 
@@ -144,7 +148,7 @@ def write(name: str, made: list, folder: Path = FOLDER) -> Path:
 
 
 def read(kind: type[Kind], prefix: str = "", folder: Path = FOLDER) -> list[Kind]:
-    """The rows of every file whose columns are those of `kind`, the last of each key, in the order of the files."""
+    """The rows of every file whose columns are those of `kind`, of each case the last run, in the order of the files."""
     names = [field.name for field in fields(kind)]
     found = {}
     for path in sorted(folder.glob(f"{prefix}*.csv")):
@@ -153,5 +157,8 @@ def read(kind: type[Kind], prefix: str = "", folder: Path = FOLDER) -> list[Kind
             if reader.fieldnames == names:
                 for values in reader:
                     row = kind(**values)
-                    found[row.key()] = row
-    return list(found.values())
+                    run = found.setdefault(row.case(), [])
+                    if run and run[0].started != row.started:
+                        run.clear()
+                    run.append(row)
+    return [row for run in found.values() for row in run]

@@ -44,7 +44,7 @@ class Bench:
         package = "torch" if package in ("eager", "torch.compile", "sdpa") else package
         mode = f"{'deterministic' if machine.deterministic else 'any'} {'quick' if self.quick else 'full'}"
         return {
-            "device": machine.device, "kind": machine.kind, "driver": machine.driver, "threads": machine.threads,
+            "started": machine.started, "device": machine.device, "kind": machine.kind, "driver": machine.driver, "threads": machine.threads,
             "torch": machine.torch, "provider_version": version(package), "palp_fast": __version__,
             "commit": machine.commit, "mode": mode,
         }

@@ -129,14 +129,16 @@ def test_a_counter_without_a_limit_is_a_problem():
     assert guard.over({("flops", "new"): 1}, {}) == ["flops, new: 1, and bench/limits.csv has no limit"]
 
 
-def test_rows_are_appended_and_the_last_one_counts(tmp_path):
-    row, = bench().measure(small("layer_norm"), "small", FLOAT, ["reference"])
-    later = dataclasses.replace(row, median_us="7.00", device="Other, 2 (R)")
-    newest = dataclasses.replace(row, median_us="9.00")
-    paths = rows.append("layer_norm", [row, later], tmp_path) + rows.append("layer_norm", [newest], tmp_path)
+def test_rows_are_appended_and_the_last_run_counts(tmp_path):
+    """Whole: what an earlier run has of another provider is not compared with it."""
+    first = bench().measure(small("layer_norm"), "small", FLOAT, ["reference", "eager"])
+    other = dataclasses.replace(first[0], median_us="7.00", device="Other, 2 (R)")
+    newest = dataclasses.replace(first[0], median_us="9.00", started="2030-01-01T00:00:00Z")
+    paths = rows.append("layer_norm", [*first, other], tmp_path) + rows.append("layer_norm", [newest], tmp_path)
     assert {path.name for path in paths} >= {"layer_norm-other-2-r.csv"}
-    found = {row.device: row.median_us for row in rows.read(rows.OperatorRow, folder=tmp_path)}
-    assert found == {row.device: "9.00", "Other, 2 (R)": "7.00"}
+    assert len(first) == 2 and len(paths[0].read_text().splitlines()) == 4
+    found = [(row.device, row.provider, row.median_us) for row in rows.read(rows.OperatorRow, folder=tmp_path)]
+    assert found == [(newest.device, "palp_fast reference", "9.00"), ("Other, 2 (R)", "palp_fast reference", "7.00")]
     assert rows.read(rows.StepRow, folder=tmp_path) == []
 
 

@@ -11,7 +11,7 @@ from bench import model, plot, report, rows
 from bench.machine import ROOT
 from PIL import Image
 
-FACTS = dict(device="Card", kind="cuda", driver="580.1", threads=4, torch="2.13", provider_version="1", palp_fast="0",
+FACTS = dict(started="2026-01-01T00:00:00Z", device="Card", kind="cuda", driver="580.1", threads=4, torch="2.13", provider_version="1", palp_fast="0",
              commit="abc", mode="deterministic quick")
 OURS = rows.OperatorRow(
     **FACTS, operator="geglu", shape="SD1.x", dtype="fp16", provider="palp_fast triton", status="ok", note="",
