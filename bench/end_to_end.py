@@ -1,11 +1,12 @@
-"""Seconds of a PALP step, peak memory and time to the saved LoRA, ours beside what else one would run.
+"""Seconds of a PALP step, peak memory, time to the saved LoRA, ours beside what else one would run.
 
     python -m bench.end_to_end [--model emoji-64|sd15|sdxl] [--side N] [--dtype fp32|bf16|fp16] [--provider TEXT]
         [--rounds N] [--lora-steps N] [--sequential] [--device cpu|cuda] [--record]
 
-One optimizer step of one sample, rank 32. Every provider has a process of its own: its peak memory is its own, and the
-processes take turns. Real sizes have random weights (bench/random_model.py). --side: of the latents; a small one stands
-for the model on a CPU, and its rows say so. --sequential: one process at a time, where memory does not hold all.
+One optimizer step of one sample, rank 32; time to the LoRA is from the start of a process. Every provider has a process
+of its own: its peak memory is its own, and the processes take turns. Real sizes have random weights
+(bench/random_model.py). --side: of the latents; a small one stands for the model on a CPU, and its rows say so.
+--sequential: one process at a time, where memory does not hold all.
 """
 
 from __future__ import annotations
@@ -119,14 +120,17 @@ def _local(folder: str) -> Path:
     return Path(resolve(folder))
 
 
-def work(pipe, provider: str, case: Case, lora_steps: int) -> None:
+def work(pipe, provider: str, case: Case, lora_steps: int, begun: float) -> None:
     """A worker: sends ("ready", None), for every True it gets ("seconds", s), for a False ("end", peak bytes, seconds
-    to the saved LoRA or None). What goes wrong is sent as ("error", reason)."""
+    from `begun`, the start of the process, to the saved LoRA or None). What goes wrong is sent as ("error", reason)."""
     try:
         torch.set_num_threads(case.threads)
         watch_memory(case.device)
         make, lora = PROVIDERS[provider](case)
-        lora_seconds = _seconds(lambda: lora(lora_steps), case.device) if lora_steps else None
+        lora_seconds = None
+        if lora_steps:
+            lora(lora_steps)
+            lora_seconds = time.time() - begun
         step = make()
         step()
         pipe.send(("ready", None))
@@ -154,8 +158,8 @@ class Worker:
     def __init__(self, provider: str, case: Case, lora_steps: int):
         self.provider, self.samples, self.problem, self.end = provider, [], "", (0, None)
         self.pipe, theirs = mp.Pipe()
-        context = mp.get_context("spawn")
-        self.process = context.Process(target=work, args=(theirs, provider, case, lora_steps), daemon=True)
+        given = theirs, provider, case, lora_steps, time.time()
+        self.process = mp.get_context("spawn").Process(target=work, args=given, daemon=True)
         self.process.start()
         theirs.close()
         self._receive()

@@ -21,7 +21,7 @@ PEERS = ("triton", "diffusers", "peft", "bitsandbytes", "xformers", "torchao")
 
 @dataclass(frozen=True)
 class Machine:
-    """started: now, UTC; device: its name; kind: "cpu" or "cuda"; driver: of a GPU, else ""; versions: {package: version}."""
+    """started: now, UTC; device: its name; kind: "cpu" or "cuda"; driver: of a GPU, else ""; versions: by package."""
 
     started: str
     device: str
@@ -65,7 +65,8 @@ def describe(device: torch.device) -> Machine:
     """The machine as it is now."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return Machine(
-        datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), name, device.type, _driver() if device.type == "cuda" else "", torch.get_num_threads(),
+        datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), name, device.type,
+        _driver() if device.type == "cuda" else "", torch.get_num_threads(),
         platform.python_version(), torch.__version__, {name: v for name in PEERS if (v := version(name))}, commit(),
         backend.is_deterministic())
 

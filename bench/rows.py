@@ -1,7 +1,7 @@
 """Rows of measurements as CSV under bench/results/: the schema, and how they are appended and read.
 
-One file per benchmark and device, <benchmark>-<device>.csv, only ever appended to. What counts of a case is its last run,
-whole, since providers are compared within a run alone.
+One file per benchmark and device, <benchmark>-<device>.csv, only ever appended to. What counts of a case is its last
+run, whole, since providers are compared within a run alone.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ FOLDER = Path(__file__).resolve().parent / "results"
 
 @dataclass(frozen=True)
 class Facts:
-    """What made a row. started: when its run began, UTC; device: name; kind: cpu or cuda; driver: of a GPU; provider_version: of the provider's package;
-    commit: of palp_fast, "+" if changed since; mode: "deterministic" or "any", then "quick" or "full"."""
+    """What made a row. started: when its run began, UTC; device: name; kind: cpu or cuda; driver: of a GPU;
+    provider_version: of the provider's package; commit: of palp_fast, "+" if changed since; mode: "deterministic" or
+    "any", then "quick" or "full"."""
 
     started: str
     device: str
@@ -71,10 +72,11 @@ class RooflineRow(Facts):
 
 @dataclass(frozen=True)
 class StepRow(Facts):
-    """One provider end to end, a case of its own: large models are run one provider at a time. model: "sd15", "sdxl" (random weights) or "emoji-64"; latents: "4x64x64"; dtype: of the
-    frozen weights; status, note as of an operator; step_s: seconds of one optimizer step of one sample, with its 20th
-    and 80th percentile; peak_bytes: of tensors on a GPU, of the process on a CPU; lora_s: from the call of train to the
-    saved file with lora_steps steps, start-up included, "" where not measured."""
+    """One provider end to end, a case of its own: large models are run one provider at a time. model: "sd15", "sdxl"
+    (random weights) or "emoji-64"; latents: "4x64x64"; dtype: of the frozen weights; status, note as of an operator;
+    step_s: seconds of one optimizer step of one sample, with its 20th and 80th percentile; peak_bytes: of tensors on a
+    GPU, of the process on a CPU; lora_s: from the start of the process to the saved file of lora_steps steps, "" where
+    not measured."""
 
     model: str
     latents: str

@@ -44,9 +44,9 @@ class Bench:
         package = "torch" if package in ("eager", "torch.compile", "sdpa") else package
         mode = f"{'deterministic' if machine.deterministic else 'any'} {'quick' if self.quick else 'full'}"
         return {
-            "started": machine.started, "device": machine.device, "kind": machine.kind, "driver": machine.driver, "threads": machine.threads,
-            "torch": machine.torch, "provider_version": version(package), "palp_fast": __version__,
-            "commit": machine.commit, "mode": mode,
+            "started": machine.started, "device": machine.device, "kind": machine.kind, "driver": machine.driver,
+            "threads": machine.threads, "torch": machine.torch, "provider_version": version(package),
+            "palp_fast": __version__, "commit": machine.commit, "mode": mode,
         }
 
     def limits(self) -> list[RooflineRow]:

@@ -11,8 +11,8 @@ from bench import model, plot, report, rows
 from bench.machine import ROOT
 from PIL import Image
 
-FACTS = dict(started="2026-01-01T00:00:00Z", device="Card", kind="cuda", driver="580.1", threads=4, torch="2.13", provider_version="1", palp_fast="0",
-             commit="abc", mode="deterministic quick")
+FACTS = dict(started="2026-01-01T00:00:00Z", device="Card", kind="cuda", driver="580.1", threads=4, torch="2.13",
+             provider_version="1", palp_fast="0", commit="abc", mode="deterministic quick")
 OURS = rows.OperatorRow(
     **FACTS, operator="geglu", shape="SD1.x", dtype="fp16", provider="palp_fast triton", status="ok", note="",
     median_us="10.00", p20_us="9.00", p80_us="12.00", rounds="5", nbytes=1, flops=0, limit_us="5.00", fraction="0.500")
