@@ -1,6 +1,6 @@
 # make demo   sets up .venv, trains DreamBooth and PALP on one subject, and writes the comparison picture
 # make test   sets up .venv and runs all tests
-# make gpu    on a machine with an NVIDIA card and nvcc: GPU tests, compute-sanitizer, benchmark rows
+# make gpu    on a machine with an NVIDIA card and nvcc: benchmark rows, GPU tests, compute-sanitizer (8 minutes)
 #
 # On Linux the default torch brings its CUDA libraries (some gigabytes). On a machine without an NVIDIA card, name the
 # index of CPU builds that pytorch.org's "Get started" shows:
@@ -25,16 +25,9 @@ test: $(VENV)/installed
 	$(PY) -m pytest tests
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreter
 
-GPU_TESTS := $(addprefix tests/test_,optim_cuda add_noise sampler renoise score_residual group_norm layer_norm triton_cuda).py
-gpu: export PALP_FAST_CUDA := 1
-gpu: export PALP_FAST_NEED_GPU := 1
+# Needs a card and nvcc; results in runs/gpu, rows in bench/results/.
 gpu: $(VENV)/installed
-	$(PIP) install --no-build-isolation -e ".[test]"
-	$(PY) -m pytest tests
-	for tool in memcheck racecheck initcheck; do \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) -m pytest -x $(GPU_TESTS) -k cuda || exit 1; done
-	for name in score_residual renoise add_noise sampler optim; do \
-	  $(PY) -m bench.bench_$$name --device cuda --record || exit 1; done
+	PYTHON="$(abspath $(PY))" bench/gpu_all.sh
 
 $(VENV)/torch:
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)

@@ -1,33 +1,41 @@
-"""renoise: compiled against the PyTorch reference. python -m bench.bench_renoise
+"""renoise: the predicted x0, noised again, in four copies for PALP's four predictions.
 
-Bytes, with s = bytes per stored element: x_t, eps and noise are read (3 s), each copy is written (s).
+Bytes with n elements: x_t, eps and noise are read (3 n), each copy is written (4 n).
 """
 
 import torch
 
-from bench.elementwise import Case, grid, images, options, report
+from bench.core import Operator, Problem, nbytes, normal
+from bench.layers import LATENTS
 from palp_fast import functional
 
-SHAPES = [(batch, 4, side, side) for side in (64, 128) for batch in (4, 8, 16, 32)]
-DTYPES = (torch.float32, torch.bfloat16)
-VARIANTS = [(1, False), (4, False), (4, True)]  # copies, another timestep
-TOLERANCE = 1e-4  # a 16-bit result may be rounded the other way
+COPIES = 4
+SHAPES = LATENTS | {f"{name}, other timestep": (*sizes, True) for name, sizes in LATENTS.items()}
 
 
-def case(shape: tuple, dtype: torch.dtype, variant: tuple[int, bool], device: str) -> Case:
-    values = images(3, shape, dtype, device)
-    copies, other = variant
-    old, new = torch.rand(2, shape[0]).to(device)
-
-    def call(backend: str):
-        fresh = new if other else None
-        return (functional.renoise(*values, old, alpha_bar_new=fresh, copies=copies, backend=backend),)
-
-    name = f"{list(shape)} {dtype} x{copies}{' u' if other else ''}"
-    return Case(name, call, values[0].numel() * dtype.itemsize * (3 + copies))
+def make(batch, side, *rest):
+    *other, dtype, device = rest
+    x_t, eps, noise = (normal(device, dtype, batch, 4, side, side) for _ in range(3))
+    alpha_bar, new = 0.1 + 0.8 * torch.rand(2, batch, device=device)
+    return Problem((x_t, eps, noise), {"alpha_bar": alpha_bar, "new": new if other else None}, 7 * nbytes(x_t))
 
 
-if __name__ == "__main__":
-    chosen = options(__doc__)
-    cases = (case(shape, dtype, variant, chosen.device) for shape, dtype, variant in grid(SHAPES, DTYPES, VARIANTS))
-    report("renoise", cases, chosen, TOLERANCE)
+def formula(problem):
+    old, new = problem.others["alpha_bar"], problem.others["new"]
+    signal, sigma = (y.view(-1, 1, 1, 1) for y in (old.sqrt(), (1 - old).sqrt()))
+    new_signal, new_sigma = (signal, sigma) if new is None else (
+        y.view(-1, 1, 1, 1) for y in (new.sqrt(), (1 - new).sqrt()))
+
+    def run(x_t, eps, noise):
+        x0 = (x_t - sigma * eps) / signal
+        return (new_signal * x0 + new_sigma * noise).to(x_t.dtype).repeat(COPIES, 1, 1, 1)
+
+    return run
+
+
+def ours(problem, backend):
+    old, new = problem.others["alpha_bar"], problem.others["new"]
+    return lambda *images: functional.renoise(*images, old, alpha_bar_new=new, copies=COPIES, backend=backend)
+
+
+OPERATORS = [Operator("renoise", SHAPES, make, formula, ours, registered=("renoise",))]

@@ -1,34 +1,46 @@
-"""score_residual, forward and backward: compiled against the PyTorch reference. python -m bench.bench_score_residual
+"""score_residual, loss and gradient to the prediction.
 
-Bytes, with s = bytes per stored element: forward reads pred, target and four predictions (6 s) and writes the fp32
-gradient (4); backward reads it (4) and writes the gradient to pred (s).
+Bytes with n elements of s bytes: forward reads pred, target and four predictions (6 s n) and writes the fp32 gradient
+(4 n); backward reads it (4 n) and writes the gradient to pred (s n).
 """
 
 import torch
 
-from bench.elementwise import Case, grid, images, options, report
+from bench.core import Operator, Problem, nbytes
+from bench.layers import LATENTS
 from palp_fast import functional
 
-SHAPES = [(batch, 4, side, side) for side in (64, 128) for batch in (4, 8, 16, 32)]
-DTYPES = (torch.float32, torch.bfloat16)
-TOLERANCE = 1e-4  # the loss is a small difference of large sums
+SETTINGS = {"alpha": 15.0, "beta": 7.5, "residual_weight": 0.1}
+NAMES = ("target", "teacher_cond", "teacher_uncond", "student_cond", "student_uncond")
 
 
-def case(shape: tuple, dtype: torch.dtype, device: str) -> Case:
-    pred, *others = images(6, shape, dtype, device)
-    pred = pred.clone().requires_grad_()
-    scale = torch.rand(shape[0], device=device)
-
-    def call(backend: str):
-        loss, stats = functional.score_residual(
-            pred, *others, alpha=15.0, beta=7.5, residual_weight=0.1, residual_scale=scale, backend=backend)
-        (grad,) = torch.autograd.grad(loss, pred)
-        return loss.detach(), stats, grad
-
-    return Case(f"{list(shape)} {dtype}", call, pred.numel() * (7 * dtype.itemsize + 8))
+def make(batch, side, dtype, device):
+    # Views of one batch, as a UNet that predicts for several prompts at once returns them.
+    pred, *rest = torch.randn(6, batch, 4, side, side, device=device).to(dtype).unbind(0)
+    traffic = 7 * nbytes(pred) + 8 * pred.numel()
+    others = dict(zip(NAMES, rest)) | {"residual_scale": torch.rand(batch, device=device)}
+    return Problem((pred.clone(),), others, traffic, upstream=(torch.ones((), device=device),))
 
 
-if __name__ == "__main__":
-    chosen = options(__doc__)
-    cases = (case(shape, dtype, chosen.device) for shape, dtype in grid(SHAPES, DTYPES))
-    report("score_residual", cases, chosen, TOLERANCE)
+def formula(problem):
+    target, *predictions, scale = problem.others.values()
+    wide = torch.promote_types(target.dtype, torch.float32)
+    alpha, beta, weight = SETTINGS.values()
+
+    def run(pred):
+        tc, tu, sc, su = (y.to(wide) for y in predictions)
+        residual = (tu + alpha * (tc - tu)) - (su + beta * (sc - su))
+        pred = pred.to(wide)
+        losses = (pred - target.to(wide)).square() - weight * scale.view(-1, 1, 1, 1) * residual * pred
+        return losses.sum() / pred.numel()
+
+    return run
+
+
+def ours(problem, backend):
+    return lambda pred: functional.score_residual(pred, **problem.others, **SETTINGS, backend=backend)[0]
+
+
+OPERATORS = [
+    Operator("score_residual", LATENTS, make, formula, ours, registered=("score_combination",)),
+]

@@ -1,11 +1,15 @@
 """Timing by interleaved rounds: providers take turns, so that a slow spell of the machine meets all of them."""
 
+from __future__ import annotations
+
 import statistics
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+
+_FLUSHED_BYTES = 2**28  # more than the L2 cache of any card; writing it hides the launch of what is timed
 
 
 class Row(NamedTuple):
@@ -17,29 +21,43 @@ class Row(NamedTuple):
     rounds: int
 
 
-def interleaved(functions: dict[str, Callable[[], object]], seconds: float = 5.0, least: int = 7) -> dict[str, Row]:
-    """Time each function once per round, for about `seconds` in all and at least `least` rounds, after one warm-up."""
-    samples = {name: [] for name in functions}
-    for function in functions.values():
-        function()
+def interleaved(
+    calls: dict[str, Callable[[], object]], device: torch.device, seconds: float, least: int = 5
+) -> dict[str, Row]:
+    """Time every provider once per round, for about `seconds` in all and at least `least` rounds, after a warm-up."""
+    timers = {name: _timer(call, device) for name, call in calls.items()}
+    for timer in timers.values():
+        timer()
+    samples = {name: [] for name in timers}
     start = time.perf_counter()
-    while time.perf_counter() - start < seconds or len(next(iter(samples.values()))) < least:
-        for name, function in functions.items():
-            begin = time.perf_counter()
-            function()
-            samples[name].append(time.perf_counter() - begin)
+    while timers and (time.perf_counter() - start < seconds or len(next(iter(samples.values()))) < least):
+        for name, timer in timers.items():
+            samples[name].append(timer())
     return {name: _row(values) for name, values in samples.items()}
 
 
-def waiting(function: Callable[[], object], device: str) -> Callable[[], None]:
-    """The function, done only when the device is."""
+def _timer(call: Callable[[], object], device: torch.device) -> Callable[[], float]:
+    """A function that gives the seconds of one call; on a GPU by events, from a cold cache and a busy queue."""
 
-    def run() -> None:
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
+    def wall() -> float:
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
 
-    return run
+    if device.type != "cuda":
+        return wall
+    flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device=device)
+
+    def on_device() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flushed.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return on_device
 
 
 def _row(values: list[float]) -> Row:

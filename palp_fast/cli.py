@@ -1,4 +1,4 @@
-"""The command line: palp-fast train, generate, evaluate, doctor, presets.
+"""The command line: palp-fast train, generate, evaluate, bench, doctor, presets.
 
 Wrong settings and unreadable photos end with one line on stderr and exit code 2, training that diverges with code 1.
 """
@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,33 @@ def evaluate(images: tuple[str, ...], references: tuple[str, ...], encoder: str 
     if encoder:
         options["encoder"] = encoder
     click.echo(json.dumps(score(one_or_all(images), **options), indent=2))
+
+
+@main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def bench(arguments: tuple[str, ...]) -> None:
+    """Time every operator beside what else does its work (in a checkout of the repository; --help lists options)."""
+    root = _checkout()
+    if root is None:
+        raise ConfigError("palp-fast bench runs in a checkout of the repository, where bench/ is: "
+                          "git clone it and pip install -e . there")
+    sys.path.insert(0, str(root))
+    from bench.run import main as run
+
+    try:
+        run(arguments)
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            raise ConfigError(stop.code) from None
+        raise
+
+
+def _checkout() -> Path | None:
+    """The checkout that this package runs from, or the working directory if it is one."""
+    for folder in (Path(__file__).resolve().parent.parent, Path.cwd()):
+        if (folder / "bench" / "run.py").is_file() and (folder / "palp_fast").is_dir():
+            return folder
+    return None
 
 
 @main.command()

@@ -9,7 +9,7 @@ import itertools
 import pytest
 import tiny
 import torch
-from bench.baselines import plain
+from bench.baselines import plain, tuned
 from step import (
     RANK,
     WORDS,
@@ -129,12 +129,22 @@ def test_plain_baseline_equals_autograd(folders, name):
     check_plain(folders[kind], settings_for(chosen), other)
 
 
+@pytest.mark.parametrize("name", ["palp", "palp, beta 1", "nfsd, rescaled, all other", "v, palp, all other",
+                                  "sdxl, palp, all other"])
+def test_tuned_baseline_equals_autograd(folders, name):
+    """Both predictions of a pair in one batch, channels-last; what torch.compile makes of it is not tried here."""
+    kind, chosen, other = CASES[name]
+    check_plain(folders[kind], settings_for(chosen), other, mode="eager")
+
+
 def test_plain_baseline_with_two_subjects(folders):
     check_plain(folders["sd"], settings_for({}, subjects=2), "", subjects=2, subject=1)
 
 
-def check_plain(folder, settings, other, subjects=1, subject=0):
+def check_plain(folder, settings, other, subjects=1, subject=0, mode=None):
     model, pairs = plain_model(folder, settings, subjects)
+    if mode is not None:
+        tuned.tune(model, mode)
     tables = [table.detach()[-subjects:] for table in model.token_tables]
     scatter(pairs, tables)
     latents, noise, noise_new = batch()

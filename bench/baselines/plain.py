@@ -7,6 +7,7 @@ using any of its code.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,7 @@ class PlainModel:
     """A pipeline with a LoRA adapter and token rows; conditions are (hidden [1, L, d],), for SDXL with pooled [1, p].
 
     token_tables: the text encoders' whole embedding matrices [vocabulary, width]; the last `new_rows` rows are trained.
+    guide: how two predictions are made and combined.
     """
 
     pipeline: object
@@ -45,6 +47,7 @@ class PlainModel:
     alphas_cumprod: torch.Tensor
     v_prediction: bool
     dtype: torch.dtype
+    guide: Callable
 
     @property
     def unet(self):
@@ -97,6 +100,7 @@ def load(
         alphas_cumprod=DDPMScheduler.from_config(pipeline.scheduler.config).alphas_cumprod.to(device),
         v_prediction=pipeline.scheduler.config.prediction_type == "v_prediction",
         dtype=dtype,
+        guide=guided_apart,
     )
 
 
@@ -139,10 +143,12 @@ def plain_step(model: PlainModel, optimizer, latents, options: Options, *, max_g
     return loss
 
 
-def make_optimizer(model: PlainModel, lr: float = 1e-4, token_lr: float = 5e-4) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: PlainModel, lr: float = 1e-4, token_lr: float = 5e-4, fused: bool | None = None
+) -> torch.optim.Optimizer:
     """AdamW; without decay on the tables, where a masked gradient must leave the old rows alone."""
     tokens = {"params": model.token_tables, "lr": token_lr, "weight_decay": 0.0}
-    return torch.optim.AdamW([{"params": model.lora_parameters(), "lr": lr}, tokens])
+    return torch.optim.AdamW([{"params": model.lora_parameters(), "lr": lr}, tokens], fused=fused)
 
 
 @torch.no_grad()
@@ -151,23 +157,27 @@ def _residual(model, x0_pred, u, noise, subject_condition, options):
     a_u, s_u = _signal_and_noise(model, u)
     x_hat = a_u * x0_pred + s_u * noise
 
-    def eps(condition):
-        pred = _predict(model, x_hat, u, condition)
-        return a_u * pred + s_u * x_hat if model.v_prediction else pred
+    def eps(condition, copies=1):
+        """[copies B, C, h, w]; each part of a condition is [copies, 1, ...], or [1, ...] for one copy."""
+        if copies > 1:
+            condition = [part.expand(-1, len(x_hat), *part.shape[2:]).flatten(0, 1) for part in condition]
+        x = x_hat.repeat(copies, 1, 1, 1)
+        pred = _predict(model, x, u.repeat(copies), condition)
+        return a_u.repeat(copies, 1, 1, 1) * pred + s_u.repeat(copies, 1, 1, 1) * x if model.v_prediction else pred
 
     model.unet.disable_adapters()
-    teacher = _guided(eps, model.clean, model.empty, options.alpha)
+    teacher = model.guide(eps, model.clean, model.empty, options.alpha)
     if options.method == "nfsd":
         student = torch.where(u.view(-1, 1, 1, 1) < 200, 0.0, eps(model.negative))
     model.unet.enable_adapters()
     if options.method == "sds":
         student = noise
     if options.method == "palp":
-        student = _guided(eps, tuple(part.detach() for part in subject_condition), model.empty, options.beta)
+        student = model.guide(eps, tuple(part.detach() for part in subject_condition), model.empty, options.beta)
     return teacher - student
 
 
-def _guided(eps, condition, empty, scale):
+def guided_apart(eps, condition, empty, scale):
     """Classifier-free guidance, eq. 5, without the pass whose weight is 0."""
     if scale == 0:
         return eps(empty)

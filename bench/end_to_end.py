@@ -1,0 +1,267 @@
+"""Seconds of a PALP step, peak memory, time to the saved LoRA, ours beside what else one would run.
+
+    python -m bench.end_to_end [--model emoji-64|sd15|sdxl] [--side N] [--dtype fp32|bf16|fp16] [--provider TEXT]
+        [--rounds N] [--lora-steps N] [--sequential] [--device cpu|cuda] [--record]
+
+One optimizer step of one sample, rank 32; time to the LoRA is from the start of a process. Every provider has a process
+of its own: its peak memory is its own, and the processes take turns. Real sizes have random weights
+(bench/random_model.py). --side: of the latents; a small one stands for the model on a CPU, and its rows say so.
+--sequential: one process at a time, where memory does not hold all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+
+from bench import rows
+from bench.machine import describe, version
+from bench.rows import StepRow
+from palp_fast import ConfigError, TrainConfig, Trainer, __version__, train
+from palp_fast.result import peak_memory_bytes, watch_memory
+from palp_fast.zoo.demo import CLASS_NOUN, SUBJECT, TARGET, TOKEN
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SIDES = {"emoji-64": 16, "sd15": 64, "sdxl": 128}  # of the latents at the model's own resolution
+CHANNELS = {"emoji-64": 8, "sd15": 4, "sdxl": 4}
+RANK = 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained: folder of the model (or a built-in name), side of the latents, dtype of the frozen weights."""
+
+    model: str
+    folder: str
+    side: int
+    dtype: str
+    device: str
+    threads: int
+
+    @property
+    def latents(self) -> str:
+        """Channels, height and width, 4x64x64."""
+        return f"{CHANNELS[self.model]}x{self.side}x{self.side}"
+
+
+def ours(memory: str, case: Case) -> tuple[Callable, Callable]:
+    """(make, lora): make() -> a function of one step; lora(steps) trains and saves."""
+
+    def config(steps: int) -> TrainConfig:
+        resolution = None if case.model == "emoji-64" else 8 * case.side
+        return TrainConfig(
+            model=case.folder, images=str(SUBJECT / "photos"), class_noun=CLASS_NOUN, token=TOKEN,
+            prompt=TARGET.format("[V]"), output_dir=tempfile.mkdtemp(), rank=RANK, steps=steps, batch_size=1,
+            grad_accumulation=1, memory=memory, base_dtype=case.dtype, device=case.device, resolution=resolution,
+            checkpoint_every=0)
+
+    def make() -> Callable:
+        steps = iter(Trainer(config(2**31)))
+        return lambda: next(steps)
+
+    return make, lambda steps: train(config(steps))
+
+
+def baseline(method: str, mode: str | None, case: Case) -> tuple[Callable, Callable]:
+    """The same for bench/baselines; mode: None for plain, else one of tuned.MODES."""
+    from bench.baselines import plain, tuned
+
+    def make() -> Callable:
+        folder = _local(case.folder)
+        model = plain.load(
+            folder, tokens={TOKEN: CLASS_NOUN}, subject_prompts=[f"a photo of {TOKEN}"],
+            clean_prompt=TARGET.format(f"an {CLASS_NOUN}"), rank=RANK, dtype=DTYPES[case.dtype], device=case.device)
+        if mode is not None:
+            tuned.tune(model, mode)
+        optimizer = plain.make_optimizer(model, fused=mode is not None)
+        latents = torch.randn(1, CHANNELS[case.model], case.side, case.side, device=case.device)
+        step = lambda: plain.plain_step(model, optimizer, latents, plain.Options(method=method))  # noqa: E731
+        step.model = model
+        return step
+
+    def lora(steps: int) -> None:
+        step = make()
+        for _ in range(steps):
+            step()
+        save_lora(step.model, tempfile.mkdtemp())
+
+    return make, lora
+
+
+def save_lora(model, folder: str) -> None:
+    """As diffusers' scripts save it."""
+    from peft.utils import get_peft_model_state_dict
+
+    type(model.pipeline).save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(model.unet))
+
+
+PROVIDERS: dict[str, Callable[[Case], tuple[Callable, Callable]]] = {
+    **{f"palp_fast {memory}": partial(ours, memory) for memory in ("fast", "balanced", "low")},
+    "plain": partial(baseline, "palp", None),
+    **{f"tuned {mode}": partial(baseline, "palp", mode) for mode in ("eager", "blocks", "whole", "reduce-overhead")},
+    "dreambooth": partial(baseline, "dreambooth", None),
+}
+
+
+def _local(folder: str) -> Path:
+    from palp_fast.models import resolve
+
+    return Path(resolve(folder))
+
+
+def work(pipe, provider: str, case: Case, lora_steps: int, begun: float) -> None:
+    """A worker: sends ("ready", None), for every True it gets ("seconds", s), for a False ("end", peak bytes, seconds
+    from `begun`, the start of the process, to the saved LoRA or None). What goes wrong is sent as ("error", reason)."""
+    try:
+        torch.set_num_threads(case.threads)
+        watch_memory(case.device)
+        make, lora = PROVIDERS[provider](case)
+        lora_seconds = None
+        if lora_steps:
+            lora(lora_steps)
+            lora_seconds = time.time() - begun
+        step = make()
+        step()
+        pipe.send(("ready", None))
+        while pipe.recv():
+            pipe.send(("seconds", _seconds(step, case.device)))
+        pipe.send(("end", (peak_memory_bytes(case.device), lora_seconds)))
+    except ConfigError as error:
+        pipe.send(("error", str(error)))
+    except Exception as error:
+        traceback.print_exc()
+        pipe.send(("error", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"))
+
+
+def _seconds(run: Callable[[], object], device: str) -> float:
+    start = time.perf_counter()
+    run()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+class Worker:
+    """A provider in its own process."""
+
+    def __init__(self, provider: str, case: Case, lora_steps: int):
+        self.provider, self.samples, self.problem, self.end = provider, [], "", (0, None)
+        self.pipe, theirs = mp.Pipe()
+        given = theirs, provider, case, lora_steps, time.time()
+        self.process = mp.get_context("spawn").Process(target=work, args=given, daemon=True)
+        self.process.start()
+        theirs.close()
+        self._receive()
+
+    def step(self) -> None:
+        self.pipe.send(True)
+        if (value := self._receive()) is not None:
+            self.samples.append(value)
+
+    def finish(self) -> None:
+        if not self.problem:
+            self.pipe.send(False)
+            self.end = self._receive() or self.end
+        self.process.join()
+
+    def _receive(self):
+        try:
+            kind, value = self.pipe.recv()
+        except EOFError:
+            kind, value = "error", f"the process ended with code {self.process.exitcode}"
+        if kind == "error":
+            self.problem = value
+            return None
+        return value
+
+
+def measure(names: Iterable[str], case: Case, rounds: int, lora_steps: int, sequential: bool) -> Iterator[StepRow]:
+    """One row for each provider."""
+    groups = [[name] for name in names] if sequential else [list(names)]
+    for group in groups:
+        workers = [Worker(name, case, lora_steps) for name in group]
+        for worker in itertools.chain.from_iterable(itertools.repeat(workers, rounds)):
+            if not worker.problem:
+                worker.step()
+        for worker in workers:
+            worker.finish()
+            yield _row(worker, case, lora_steps)
+
+
+def _row(worker: Worker, case: Case, lora_steps: int) -> StepRow:
+    machine = describe(torch.device(case.device))
+    ok, (peak, lora) = not worker.problem, worker.end
+    median, p20, p80 = (f"{value:.4f}" for value in _spread(worker.samples)) if ok else ("", "", "")
+    return StepRow(
+        started=machine.started, device=machine.device, kind=machine.kind, driver=machine.driver, threads=case.threads,
+        torch=machine.torch, provider_version=version(
+            "palp_fast" if worker.provider.startswith("palp_fast") else "diffusers"),
+        palp_fast=__version__, commit=machine.commit, mode="deterministic" if machine.deterministic else "any",
+        model=case.model, latents=case.latents, dtype=case.dtype, provider=worker.provider,
+        status="ok" if ok else "unavailable", note=worker.problem, step_s=median, p20_s=p20, p80_s=p80,
+        rounds=str(len(worker.samples)) if ok else "", peak_bytes=str(peak) if ok else "",
+        lora_s=f"{lora:.2f}" if lora else "", lora_steps=str(lora_steps) if lora else "")
+
+
+def _spread(samples: list[float]) -> tuple[float, float, float]:
+    values = torch.tensor(samples, dtype=torch.float64)
+    return tuple(values.quantile(q).item() for q in (0.5, 0.2, 0.8))
+
+
+def show(row: StepRow) -> str:
+    if row.status != "ok":
+        return f"  {row.provider:22} unavailable: {row.note}"
+    lora = f", LoRA of {row.lora_steps} steps in {row.lora_s} s" if row.lora_s else ""
+    return (f"  {row.provider:22} {float(row.step_s):8.3f} s ({float(row.p20_s):.3f}, {float(row.p80_s):.3f}), "
+            f"peak {int(row.peak_bytes) / 2**30:.2f} GiB{lora}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="emoji-64", choices=SIDES)
+    parser.add_argument("--side", type=int, help="of the latents [the model's own]")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the frozen weights [fp16 on a GPU, else fp32]")
+    parser.add_argument("--provider", action="append", default=[], help="providers whose name holds this")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--lora-steps", type=int, default=0, help="also train and save with so many steps")
+    parser.add_argument("--sequential", action="store_true", help="one provider at a time")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--record", action="store_true", help="append the rows to bench/results/")
+    args = parser.parse_args(arguments)
+    side = args.side or SIDES[args.model]
+    if args.model == "emoji-64" and side != SIDES["emoji-64"]:
+        raise SystemExit(f"--side {side}: allowed is {SIDES['emoji-64']} for emoji-64")
+    dtype = args.dtype or ("fp32" if args.device == "cpu" else "fp16")
+    names = [name for name in PROVIDERS if not args.provider or any(part in name for part in args.provider)]
+    if not names:
+        raise SystemExit(f"--provider {args.provider}: allowed are parts of {', '.join(PROVIDERS)}")
+    folder = args.model
+    if args.model != "emoji-64":
+        from bench.random_model import folder as folder_of
+
+        folder = str(folder_of(args.model))
+    case = Case(args.model, folder, side, dtype, args.device, args.threads)
+    print(describe(torch.device(args.device)).header())
+    print(f"{args.model}, latents {case.latents}, {dtype}: seconds of one step, median (20th, 80th percentile)")
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    for row in measure(names, case, args.rounds, args.lora_steps, args.sequential):
+        print(show(row), flush=True)
+        if args.record:
+            rows.append("end_to_end", [row])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""The benchmarks: every provider right on small layers, the gate, the counters' limits, rows, the command line."""
+
+import dataclasses
+import json
+from functools import partial
+
+import pytest
+import torch
+from bench import guard, operators, rows, run
+from bench.bench_optimizers import ADAMW, stepping
+from bench.core import Operator
+from bench.machine import Roofline
+from bench.timing import interleaved
+from click.testing import CliRunner
+
+from palp_fast import cli, functional, optim
+
+CPU, FLOAT = torch.device("cpu"), torch.float32
+SMALL = {
+    "AdamW8bit": ({16: 2}, 12), "Lion8bit": ({16: 2}, 12), "add_noise": (4, 32), "attention": (6, 5, 16, 2),
+    "frozen_conv2d": (8, 6, 5), "frozen_linear": (5, 8, 6), "geglu": (5, 4), "group_norm_silu": (64, 4),
+    "layer_norm": (5, 8), "lora_attention": (6, 16, 2, 12), "lora_linear": (5, 16), "lora_projections": (5, 16),
+    "renoise": (2, 8, True), "sampler": ("adaptive", 4), "score_residual": (2, 8),
+}
+
+
+def small(name: str, **changes) -> Operator:
+    return dataclasses.replace(operators.load()[name], shapes={"small": SMALL[name]}, **changes)
+
+
+def test_every_public_operator_has_a_benchmark():
+    public = {name for name in functional.__all__ if name[0].islower()} - {"score_combination"}
+    assert public < set(operators.load()) == set(SMALL)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_providers_are_right(name):
+    """All that are installed, but what torch.compile makes: that takes seconds each."""
+    operator = small(name)
+    wanted = [provider for provider in operator.providers() if provider != "torch.compile"]
+    calls, problems = run.right(operator, operator.problem("small", FLOAT, CPU), FLOAT, wanted)
+    assert {"palp_fast reference", operator.home(CPU)} <= set(calls)
+    assert all(status == "unavailable" and "Error" not in note for status, note in problems.values()), problems
+
+
+# Off by a part in ten thousand or more: in the result, in the gradient alone, in a setting.
+WRONG = {
+    "geglu": lambda problem: lambda x: 1.0001 * functional.geglu(x),
+    "layer_norm": lambda problem: lambda x: functional.layer_norm(x, **problem.others, eps=1e-3),
+    "frozen_linear": lambda problem: lambda x: functional.frozen_linear(
+        1.001 * x - 0.001 * x.detach(), **problem.others),
+    "AdamW8bit": lambda problem: stepping(problem, optim.AdamW8bit, **{**ADAMW, "lr": 1.1e-3}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_provider_is_shown_and_not_timed(name):
+    operator = small(name, peers={"wrong": WRONG[name]})
+    made = bench().measure(operator, "small", FLOAT, ["wrong", "eager"])
+    by_provider = {row.provider: row for row in made}
+    assert by_provider["eager"].status == "ok" and float(by_provider["eager"].median_us) > 0
+    assert by_provider["wrong"].status == "wrong" and "relative error" in by_provider["wrong"].note
+    assert by_provider["wrong"].median_us == by_provider["wrong"].fraction == ""
+    assert "wrong: relative error" in run.table(operator, made, CPU)
+
+
+def test_a_provider_that_cannot_serve_is_listed_with_the_reason():
+    rows_of = {row.provider: row for row in bench().measure(small("attention"), "small", FLOAT, ["sdpa", "cpu"])}
+    assert rows_of["sdpa flash"].note == "it serves cuda tensors"
+    assert rows_of["palp_fast cpu"].status == "unavailable" and "C++" in rows_of["palp_fast cpu"].note
+
+
+def bench() -> run.Bench:
+    return run.Bench(CPU, True, 0.01, Roofline(1e9, {"fp32": 1e9}))
+
+
+def test_limit_and_fraction():
+    """4 bytes a nanosecond, 2 FLOP a nanosecond."""
+    roofline = Roofline(4e9, {"fp32": 2e9})
+    assert roofline.seconds(8_000_000_000, 2_000_000_000, FLOAT) == 2.0
+    assert roofline.seconds(4_000_000_000, 6_000_000_000, FLOAT) == 3.0
+
+
+def test_providers_take_turns():
+    seen = []
+    found = interleaved({name: partial(seen.append, name) for name in "ab"}, CPU, 0.0, least=4)
+    assert "".join(seen) == "ab" * 5 and {row.rounds for row in found.values()} == {4}
+
+
+def test_counters_are_within_their_limits():
+    found = dict(guard.counted(everything=False))
+    assert {"geglu", "lora_attention", "score_residual"} <= {case.partition(",")[0] for _, case in found}
+    assert guard.over(found, guard.read_limits()) == []
+
+
+@pytest.mark.parametrize("name", guard.COMPILED)
+def test_kernels_are_within_their_limits(name):
+    pytest.importorskip("triton", reason="triton is not installed")
+    operator = operators.load()[name]
+    found = guard.resources(operator, next(iter(operator.shapes)))
+    assert found and guard.over(found, guard.read_limits()) == []
+
+
+def extra_product(problem, backend):
+    weight = problem.others["weight"]
+    return lambda x, a, b: functional.lora_linear(x, weight, None, a, b, backend=backend) + 0 * (x @ weight.T)
+
+
+# A cheat: what it does, and the counters that it exceeds.
+CHEATS = {
+    "lora_linear": (extra_product, {"flops", "declared flops", "leaf operators"}),
+    "geglu": (lambda problem, backend: operators.load()["geglu"].formula(problem), {"saved bytes"}),
+    "layer_norm": (lambda problem, backend: lambda x: functional.layer_norm(
+        functional.layer_norm(x, backend=backend), **problem.others, backend=backend), {"saved bytes"}),
+}
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_a_cheating_operator_exceeds_a_limit(name):
+    ours, counters = CHEATS[name]
+    operator = operators.load()[name]
+    shape = next(iter(operator.shapes))
+    found = guard.count(dataclasses.replace(operator, ours=ours), shape)
+    problems = guard.over(found, guard.read_limits())
+    assert counters <= {problem.partition(",")[0] for problem in problems}, problems
+
+
+def test_a_counter_without_a_limit_is_a_problem():
+    assert guard.over({("flops", "new"): 1}, {}) == ["flops, new: 1, and bench/limits.csv has no limit"]
+
+
+def test_rows_are_appended_and_the_last_run_counts(tmp_path):
+    """Whole: what an earlier run has of another provider is not compared with it."""
+    first = bench().measure(small("layer_norm"), "small", FLOAT, ["reference", "eager"])
+    other = dataclasses.replace(first[0], median_us="7.00", device="Other, 2 (R)")
+    newest = dataclasses.replace(first[0], median_us="9.00", started="2030-01-01T00:00:00Z")
+    paths = rows.append("layer_norm", [*first, other], tmp_path) + rows.append("layer_norm", [newest], tmp_path)
+    assert {path.name for path in paths} >= {"layer_norm-other-2-r.csv"}
+    assert len(first) == 2 and len(paths[0].read_text().splitlines()) == 4
+    found = [(row.device, row.provider, row.median_us) for row in rows.read(rows.OperatorRow, folder=tmp_path)]
+    assert found == [(newest.device, "palp_fast reference", "9.00"), ("Other, 2 (R)", "palp_fast reference", "7.00")]
+    assert rows.read(rows.StepRow, folder=tmp_path) == []
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "measure_roofline", lambda *_: Roofline(1e9, {"fp32": 1e9, "bf16": 1e9}))
+    file, some = tmp_path / "rows.json", ["--provider", "reference", "--provider", "eager", "--device", "cpu"]
+    result = CliRunner().invoke(cli.main, [
+        "bench", "--op", "layer_norm", "--shape", "SD1.x 16x16", "--quick", "--seconds", "0.01", "--json", str(file),
+        *some])
+    assert result.exit_code == 0, result.output
+    found = json.loads(file.read_text())
+    assert [row["provider"] for row in found if "provider" in row] == ["palp_fast reference", "eager"]
+    assert "palp_fast at" in capsys.readouterr().out + result.output
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--op", "nothing"], "--op 'nothing': allowed are parts of add_noise, "),
+    (["--shape", "nothing"], "--shape ['nothing']: no layer"),
+    (["--base", "no-such-revision"], "--base 'no-such-revision': git knows no such commit"),
+])
+def test_command_line_refuses(arguments, message):
+    result = CliRunner().invoke(cli.main, ["bench", *arguments])
+    assert result.exit_code == 2 and message in result.output, result.output
+
+
+def test_bench_outside_of_a_checkout(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "palp_fast" / "cli.py"))
+    result = CliRunner().invoke(cli.main, ["bench"])
+    assert result.exit_code == 2 and "palp-fast bench runs in a checkout of the repository" in result.output
