@@ -94,7 +94,7 @@ def lean_unet(
     check(unet)
     unet.requires_grad_(False)
     if dtype is not None:
-        unet.to(dtype)
+        nn.Module.to(unet, dtype)  # not the UNet's own, which warns of modules kept in fp32 where there are none
     adapt(unet, lora_targets, rank, lora_alpha, generator, backend)
     for module in reversed(list(unet.modules())):  # children first
         _convert(module, backend)

@@ -73,9 +73,9 @@ class LeanAttention(Attention):
             if call.prompt_kv is not None:
                 made = None if context is None else self.keys_values(context, call.context_scale)
                 context, kv = None, call.prompt_kv.joined(self, made)
-        if isinstance(self.to_q, LoRALinear):
+        if isinstance(self.to_q, LoRALinear) and not _off(scale := call.scale(len(x))):
             return functional.lora_attention(
-                x, context, self._weights(), self.heads, lora_scale=call.scale(len(x)), kv=kv, kv_index=kv_index,
+                x, context, self._weights(), self.heads, lora_scale=scale, kv=kv, kv_index=kv_index,
                 residual=residual, recompute=self.recompute, provider=self._provider(x), backend=self.backend)
         args = x, context, call.context_scale, kv, kv_index
         made = recomputed(self._attended, *args) if self.recompute else self._attended(*args)
@@ -94,7 +94,7 @@ class LeanAttention(Attention):
     def keys_values(self, context: Tensor, lora_scale: float | Tensor) -> tuple[Tensor, Tensor]:
         """k, v [P, M, d] of prompts [P, M, d_c]."""
         context = context.to(self.packed.dtype)
-        if isinstance(self.to_k, LoRALinear) and not (isinstance(lora_scale, float) and lora_scale == 0):
+        if isinstance(self.to_k, LoRALinear) and not _off(lora_scale):
             return functional.lora_projections(context, self._packed(), lora_scale, backend=self.backend)
         return self._frozen(context)
 
@@ -116,6 +116,11 @@ class LeanAttention(Attention):
         """On the CPU torch's attention is the fast one; this package has its formula alone."""
         fast = x.device.type == "cpu" and x.dtype != torch.float64 and self.backend == "auto"
         return "sdpa" if fast and not self.recompute else "auto"
+
+
+def _off(lora_scale: float | Tensor) -> bool:
+    """Whether LoRA adds nothing: the teacher alone, where no factor wants a gradient."""
+    return not torch.is_grad_enabled() and not isinstance(lora_scale, Tensor) and lora_scale == 0
 
 
 class LeanFeedForward(FeedForward):

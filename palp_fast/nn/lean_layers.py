@@ -35,7 +35,8 @@ class LeanConv2d(nn.Conv2d):
     only = {"padding_mode": ("zeros",)}
 
     def converted(self) -> None:
-        self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
+        weight = self.weight.detach().contiguous(memory_format=torch.channels_last)
+        self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel_size == self.stride == (1, 1) and self.padding == (0, 0) and self.groups == 1:
