@@ -1,7 +1,8 @@
-"""Several predictions of the same samples in one pass: what rows share is computed once, and expanded where they differ.
+"""Several predictions of the same samples in one pass: what rows share is computed once, until they differ.
 
 Three levels: samples; samples with their LoRA factor, from the first LoRA layer on; rows, from the first
-cross-attention on, where prompts differ (for SDXL from the first residual block on: its time embedding knows the prompt).
+cross-attention on, where prompts differ (for SDXL from the first residual block on, whose time embedding knows the
+prompt).
 """
 
 from __future__ import annotations

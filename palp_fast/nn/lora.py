@@ -58,8 +58,8 @@ class LoRALinear(nn.Linear):
 def inject_lora(unet, targets, rank, lora_alpha, generator, backend="auto"):
     """Replaces attention projections of `unet` in place -> {module path inside the UNet: LoRALinear}.
 
-    targets, generator: as of `adapt`. Afterwards unet(..., lora_scale=s) takes a float or a tensor [B], one strength per
-    sample; left out, it is 1.
+    targets, generator: as of `adapt`. Afterwards unet(..., lora_scale=s) takes a float or a tensor [B], one strength
+    per sample; left out, it is 1.
     """
     scale = LoRAScale()
     layers = adapt(unet, targets, rank, lora_alpha, generator, backend, scale)
