@@ -116,7 +116,7 @@ class TrainConfig(Settings):
     timesteps: str = ruled(choice("uniform", "stratified", "adaptive"), "how they are drawn", default="stratified")
     subject_sampling: str = ruled(choice("image", "subject"), "what is drawn first", default="image")
     resolution: int | None = ruled(_RESOLUTION, "side of the training pictures in pixels", default=None)
-    memory: str = ruled(choice("auto", "fast", "low", later=("balanced",)), "low: recompute, save less", default="auto")
+    memory: str = ruled(choice("auto", "fast", "balanced", "low"), "how much is recomputed, not kept", default="auto")
     base_dtype: str = ruled(_DTYPE, "of the frozen weights", default="auto")
     seed: int = ruled(integer(0), "decides everything random", default=0)
     device: str = ruled(_DEVICE, "where to train", default="auto")

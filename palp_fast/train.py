@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from palp_fast import conditioning, functional, methods, models, previews
+from palp_fast import conditioning, functional, methods, models, predict, previews
 from palp_fast.batches import Batch, Draws
 from palp_fast.conditioning import Condition
 from palp_fast.config import TrainConfig
 from palp_fast.errors import DataError
-from palp_fast.nn.lora import enable_gradient_checkpointing, inject_lora
 from palp_fast.prepare import prepare
 from palp_fast.result import TrainResult, peak_memory_bytes, watch_memory, write_files
 from palp_fast.space import PredictionSpace
@@ -57,9 +56,10 @@ class Trainer:
     Construction checks everything, prints the prompts, loads the model and goes on from a checkpoint if there is one;
     nothing is written before the first step or save. Raises ConfigError or DataError.
     config: the resolved TrainConfig; step: optimizer steps done; unet: the student, or the teacher with lora_scale=0.
+    lean: None converts the UNet to the lean one where that can be (predict.adapted), False trains diffusers' own.
     """
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, *, lean: bool | None = None):
         plan = prepare(config)
         print(plan.describe_prompts(), flush=True)
         cfg = self.config = plan.config
@@ -70,12 +70,11 @@ class Trainer:
         self.space = PredictionSpace(parts.alphas_cumprod, parts.prediction_type == "v_prediction", cfg.loss_space)
         self.draws = Draws(cfg, [self._latents(photos) for photos in plan.pictures], parts.alphas_cumprod)
         generator = torch.Generator().manual_seed(cfg.seed)
-        self.layers = inject_lora(self.unet, cfg.lora_targets, cfg.rank, cfg.lora_alpha, generator, cfg.backend)
-        if cfg.memory == "low":
-            enable_gradient_checkpointing(self.unet)
+        self.predictions = predict.adapted(parts, cfg, generator, lean)
         self.rows = conditioning.add_rows(parts, cfg, generator)
         self._encode_prompts(plan.prompts)
         self.passes = methods.passes(cfg)
+        self.predictions.fix({name: self._fixed[name] for name in self._fixed if name != "subject"}, self.passes)
         self.update = Update(cfg, *self._named_parameters())
         self.step, self._seconds, self._is_open, self._metrics_bytes = 0, 0.0, False, None
         if plan.state is not None:
@@ -100,13 +99,14 @@ class Trainer:
         if not self.config.learn_token:
             self._fixed["subject"] = encode(own)
 
-    def _subject_conditions(self, subjects: list[int]) -> Condition:
-        """y_P of each sample's subject, [B]; each distinct one is encoded once, with its graph to the token rows."""
-        if "subject" in self._fixed:
-            return self._fixed["subject"].rows(subjects)
+    def _subject_conditions(self, subjects: list[int]) -> tuple[Condition, list[int]]:
+        """(y_P of each distinct subject, with its graph to the token rows; which of them each sample has)."""
         distinct = sorted(set(subjects))
-        condition = conditioning.encode_ids(self.components, [ids[distinct] for ids in self._subject_ids])
-        return condition.rows([distinct.index(subject) for subject in subjects])
+        if "subject" in self._fixed:
+            condition = self._fixed["subject"].rows(distinct)
+        else:
+            condition = conditioning.encode_ids(self.components, [ids[distinct] for ids in self._subject_ids])
+        return condition, [distinct.index(subject) for subject in subjects]
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Steps 1 to 4 of PALP.md -> (the scalar whose gradient to eps_hat is g, stats [B, 3] of score_residual)."""
@@ -116,25 +116,25 @@ class Trainer:
         weights = {"sample_weight": product(batch.sample_weight, space.loss_weight(t)), "backend": cfg.backend}
 
         # 1. The student's prediction at x_t, with its graph to LoRA and token rows.
-        subject = self._subject_conditions(batch.subjects)
-        pred = self.predict(batch.x_t, t, subject)
+        subject, which = self._subject_conditions(batch.subjects)
+        pred = self.predictions.with_graph(batch.x_t, t, subject, which)
         target = space.of(batch.latents, batch.noise, t)
         if not self.passes:
             none = torch.zeros(0, len(t), device=t.device)
             return functional.score_combination(pred, target, [], none, residual_weight=0.0, **weights)
 
         with torch.no_grad():
-            # 2. Its x0_hat, noised again: one copy for each no-grad prediction.
+            # 2. Its x0_hat, noised again.
             alpha_bar = self.components.alphas_cumprod
             x_hat = functional.renoise(
                 batch.x_t, space.eps(pred, batch.x_t, t), batch.noise, alpha_bar[t],
                 alpha_bar_new=None if batch.t_new is None else alpha_bar[t_new], noise_new=batch.noise_new,
-                copies=len(self.passes), backend=cfg.backend)
+                backend=cfg.backend)
             # 3. Teacher and student at x_hat, in one pass; nothing is back-propagated through it.
-            predictions = self._predict_all(x_hat, t_new, subject.detach())
+            predicted = self.predictions.without_graph(x_hat, t_new, subject.detach(), which, self.passes)
             arguments = methods.complete(
-                cfg.method, predictions, space,
-                x0_hat=space.x0(pred, batch.x_t, t), x_hat=x_hat[: len(t)], noise_new=noise_new, t_new=t_new)
+                cfg.method, predicted, space,
+                x0_hat=space.x0(pred, batch.x_t, t), x_hat=x_hat, noise_new=noise_new, t_new=t_new)
         # 4. The residual is an extra upstream gradient on the prediction of step 1.
         scale = product(batch.residual_scale, space.residual_factor(t, batch.t_new))
         return functional.score_residual(
@@ -145,19 +145,6 @@ class Trainer:
         """What the UNet predicts at x [B, C, h, w], t [B]: by the student, or by the teacher where lora_scale is 0."""
         kwargs = conditioning.unet_kwargs(self.components, condition, x)
         return self.unet(x, t, **kwargs, lora_scale=lora_scale, return_dict=False)[0]
-
-    def _predict_all(self, x_hat: Tensor, t: Tensor, subject: Condition) -> dict[str, Tensor]:
-        """The no-grad predictions by argument of score_residual: views [B, C, h, w] of one batch."""
-        batch = range(len(t))
-        prompts = {name: condition.rows(batch) for name, condition in self._fixed.items()} | {"subject": subject}
-        strengths = [entry.lora_scale for entry in self.passes]
-        lora_scale = strengths[0]
-        if len(set(strengths)) > 1:
-            lora_scale = torch.tensor(strengths, device=t.device).repeat_interleave(len(t))
-        together = Condition.cat([prompts[entry.prompt] for entry in self.passes])
-        predicted = self.predict(x_hat, t.repeat(len(self.passes)), together, lora_scale)
-        views = predicted.unflatten(0, (len(self.passes), len(t))).unbind(0)
-        return {entry.argument: view for entry, view in zip(self.passes, views)}
 
     def _train_step(self) -> dict:
         """One optimizer step over grad_accumulation batches; step 5 of PALP.md -> metrics."""
@@ -225,7 +212,7 @@ class Trainer:
 
     def named_lora(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
         """(diffusers module path inside the UNet, lora_a [r, d_in], lora_b [d_out, r]) of every adapted projection."""
-        for path, layer in self.layers.items():
+        for path, layer in self.predictions.layers.items():
             yield path, layer.lora_a, layer.lora_b
 
     def token_rows(self) -> list[nn.Parameter]:
@@ -244,7 +231,7 @@ class Trainer:
 
     def conditioning(self, subject: int = 0) -> Conditioning:
         """The conditions as the next step sees them; .subject (y_P) with its graph to the token rows."""
-        return Conditioning(**{"subject": self._subject_conditions([subject])} | {
+        return Conditioning(**{"subject": self._subject_conditions([subject])[0]} | {
             name: condition for name, condition in self._fixed.items() if name != "subject"})
 
     def save(self) -> TrainResult:

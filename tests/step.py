@@ -37,7 +37,7 @@ def settings_for(chosen, subjects=1):
     return Settings(**{"subject_prompts": prompts, "clean_prompt": clean} | chosen)
 
 
-def make_trainer(folder, output_dir, settings, **overrides):
+def make_trainer(folder, output_dir, settings, *, lean=None, **overrides):
     """A Trainer whose prompts are `settings`' own, made by the library from placeholders and class nouns."""
     shared = ("method", "alpha", "beta", "negative_prompt", "residual_weight", "rescale", "loss_space", "lora_alpha")
     fields = {name: getattr(settings, name) for name in shared} | {"rank": RANK} | overrides
@@ -49,7 +49,7 @@ def make_trainer(folder, output_dir, settings, **overrides):
             Subject(tiny.photos(), noun, f"[V{i}]", f"a photo of [V{i}]", token=word)
             for i, (word, noun) in enumerate(WORDS.items(), 1)
         ]
-    return Trainer(tiny.config(folder, output_dir, **fields))
+    return Trainer(tiny.config(folder, output_dir, **fields), lean=lean)
 
 
 @torch.no_grad()

@@ -68,6 +68,12 @@ def test_trainer_equals_autograd(folders, tmp_path, name):
     check_trainer(folders[kind], tmp_path / "run", settings_for(chosen), other=other)
 
 
+@pytest.mark.parametrize("name", ["palp", "v, palp, all other", "sdxl, nfsd"])
+def test_diffusers_own_modules_equal_autograd(folders, tmp_path, name):
+    kind, chosen, other = CASES[name]
+    check_trainer(folders[kind], tmp_path / "run", settings_for(chosen), other=other, lean=False)
+
+
 @pytest.mark.parametrize("subject", [0, 1])
 def test_two_subjects(folders, tmp_path, subject):
     _, rows = check_trainer(folders["sd"], tmp_path / "run", settings_for({}, subjects=2), subject=subject)
@@ -75,7 +81,8 @@ def test_two_subjects(folders, tmp_path, subject):
 
 
 @pytest.mark.parametrize(
-    "overrides", [{"lora_targets": "cross_kv"}, {"lora_targets": "none"}, {"memory": "low"}, {"token_vectors": 3}]
+    "overrides", [{"lora_targets": "cross_kv"}, {"lora_targets": "none"}, {"memory": "low"}, {"memory": "balanced"},
+                  {"token_vectors": 3}]
 )
 def test_trainer_options(folders, tmp_path, overrides):
     check_trainer(folders["sd"], tmp_path / "run", settings_for({}), size=1, **overrides)

@@ -70,7 +70,7 @@ def test_every_method_trains_and_writes_its_files(models, tmp_path, kind, method
     {"timesteps": "uniform"}, {"timesteps": "adaptive"}, {"lora_targets": "cross_kv"}, {"lora_targets": "none"},
     {"learn_token": False}, {"token_vectors": 2}, {"token_norm": "initial"}, {"optimizer": "adamw"},
     {"optimizer": "lion8bit"}, {"lr_schedule": "cosine"}, {"grad_accumulation": 2}, {"memory": "low"},
-    {"base_dtype": "bf16"}, {"base_dtype": "fp16"}, {"loss_space": "eps"}, {"preset": "paper", "batch_size": 16},
+    {"memory": "balanced"}, {"base_dtype": "bf16"}, {"base_dtype": "fp16"}, {"loss_space": "eps"}, {"preset": "paper", "batch_size": 16},
     two_subjects(), {**two_subjects(), "subject_sampling": "subject"},
 ], ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items() if k in ("alpha", "beta") or len(str(v)) < 12))
 def test_options_run(models, tmp_path, options):
@@ -93,7 +93,8 @@ def test_zero_residual_weight_is_dreambooth_bit_for_bit(models, tmp_path):
     ({"method": "dreambooth"}, None), ({"residual_weight": 0.0}, None),
 ])
 def test_the_no_grad_predictions_are_one_batch_without_those_of_factor_zero(models, tmp_path, options, expected):
-    trainer = Trainer(tiny.config(models["sd"], tmp_path / "run", **options))
+    """Of diffusers' own modules; tests/test_lean_trainer.py has the lean UNet's."""
+    trainer = Trainer(tiny.config(models["sd"], tmp_path / "run", **options), lean=False)
     calls, forward = [], trainer.unet.forward
     scale = trainer.unet.palp_lora_scale
 
@@ -115,9 +116,10 @@ def test_the_no_grad_predictions_are_one_batch_without_those_of_factor_zero(mode
         assert lora_scale.tolist() == [s for s in expected for _ in range(3)] and size == 3 * len(expected)
 
 
+@pytest.mark.parametrize("lean", [True, False])
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_lora_scale_per_sample_is_teacher_and_student(models, tmp_path, kind):
-    trainer = Trainer(tiny.config(models[kind], tmp_path / "run"))
+def test_lora_scale_per_sample_is_teacher_and_student(models, tmp_path, kind, lean):
+    trainer = Trainer(tiny.config(models[kind], tmp_path / "run"), lean=lean)
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([30, 700])
     condition = trainer.conditioning().clean.rows([0, 0])
     with torch.no_grad():
@@ -129,13 +131,14 @@ def test_lora_scale_per_sample_is_teacher_and_student(models, tmp_path, kind):
     torch.testing.assert_close(teacher, base)
     torch.testing.assert_close(mixed, torch.stack([base[0], student[1]]))
     assert (student - base).abs().max() > 1e-2
-    assert trainer.unet.palp_lora_scale.value == 1.0
+    assert lean or trainer.unet.palp_lora_scale.value == 1.0
 
 
-def test_recomputed_activations_give_the_same_gradients(models, tmp_path):
+@pytest.mark.parametrize("lean", [True, False])
+def test_recomputed_activations_give_the_same_gradients(models, tmp_path, lean):
     results = []
     for memory in ("fast", "low"):
-        trainer = Trainer(tiny.config(models["sd"], tmp_path / memory, memory=memory))
+        trainer = Trainer(tiny.config(models["sd"], tmp_path / memory, memory=memory), lean=lean)
         randomise(trainer)
         results.append(gradients_of(trainer)[0])
     assert trainer.unet.is_gradient_checkpointing
@@ -143,8 +146,9 @@ def test_recomputed_activations_give_the_same_gradients(models, tmp_path):
         torch.testing.assert_close(results[1][name], gradient, rtol=1e-4, atol=1e-7)
 
 
-def test_recomputation_keeps_the_lora_scale_of_its_pass(models, tmp_path):
-    trainer = Trainer(tiny.config(models["sd"], tmp_path / "run", memory="low"))
+@pytest.mark.parametrize("lean", [True, False])
+def test_recomputation_keeps_the_lora_scale_of_its_pass(models, tmp_path, lean):
+    trainer = Trainer(tiny.config(models["sd"], tmp_path / "run", memory="low"), lean=lean)
     randomise(trainer, 0.3)
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([30, 700])
     condition, found = trainer.conditioning().clean.rows([0, 0]), []

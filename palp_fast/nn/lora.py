@@ -58,11 +58,22 @@ class LoRALinear(nn.Linear):
 def inject_lora(unet, targets, rank, lora_alpha, generator, backend="auto"):
     """Replaces attention projections of `unet` in place -> {module path inside the UNet: LoRALinear}.
 
+    targets, generator: as of `adapt`. Afterwards unet(..., lora_scale=s) takes a float or a tensor [B], one strength
+    per sample; left out, it is 1.
+    """
+    scale = LoRAScale()
+    layers = adapt(unet, targets, rank, lora_alpha, generator, backend, scale)
+    _accept_lora_scale(unet, scale)
+    return layers
+
+
+def adapt(unet, targets, rank, lora_alpha, generator=None, backend="auto", scale=None):
+    """Replaces attention projections by LoRALinear in place -> {module path inside the UNet: LoRALinear}.
+
     targets: "attention" (q, k, v, out of self- and cross-attention), "cross_kv" (cross-attention k and v) or "none".
-    Afterwards unet(..., lora_scale=s) takes a float or a tensor [B], one strength per sample; left out, it is 1.
     generator: a CPU torch.Generator, so that the same seed gives the same A on every device.
     """
-    scale, layers = LoRAScale(), {}
+    layers = {}
     attentions = [(path, module) for path, module in unet.named_modules() if isinstance(module, Attention)]
     for path, attention in attentions:
         if targets == "cross_kv" and not attention.is_cross_attention:
@@ -72,7 +83,6 @@ def inject_lora(unet, targets, rank, lora_alpha, generator, backend="auto"):
             layer = LoRALinear(base, rank, lora_alpha, scale=scale, generator=generator, backend=backend)
             attention.set_submodule(name, layer)
             layers[f"{path}.{name}"] = layer
-    _accept_lora_scale(unet, scale)
     return layers
 
 
