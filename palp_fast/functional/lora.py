@@ -9,11 +9,12 @@ from torch import Tensor
 from palp_fast import autocast, checks
 from palp_fast.functional.weights import Projections
 from palp_fast.ops.registry import overload
+from palp_fast.quantised import Weight, operands
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
@@ -23,8 +24,8 @@ def lora_linear(
 ) -> Tensor:
     """x W^T + bias + lora_scale (x A^T) B^T, the low-rank term never merged into W (Hu et al., arXiv 2106.09685).
 
-    x: [..., d_in]; weight: [d_out, d_in], frozen, of any floating dtype; bias: [d_out] or None; lora_a: [r, d_in] and
-    lora_b: [d_out, r], usually fp32; lora_scale: a float, or [B] with B = x.shape[0], one factor per sample.
+    x: [..., d_in]; weight: [d_out, d_in], frozen, of any floating dtype or quantised; bias: [d_out] or None; lora_a:
+    [r, d_in] and lora_b: [d_out, r], usually fp32; lora_scale: a float, or [B] with B = x.shape[0], one per sample.
     The frozen product runs in the dtype of x (under autocast: the autocast dtype), the low-rank term is summed in fp32.
 
     Returns [..., d_out] in that dtype. Gradients to x, lora_a and lora_b (in their own dtypes), to nothing else. Keeps
@@ -35,7 +36,7 @@ def lora_linear(
 
 def lora_linear_residual(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
@@ -50,8 +51,9 @@ def lora_linear_residual(
     if residual is not None:
         checks.table("residual", residual, (*x.shape[:-1], weight.shape[0]), x)
     scale, gate = _strength(lora_scale, x)
+    weight, quantised = operands(weight)
     op = overload("lora_linear", x.device, backend)
-    return _in_autocast_dtype(lambda x: op(x, weight, bias, lora_a, lora_b, residual, scale, gate), x)
+    return _in_autocast_dtype(lambda x: op(x, weight, bias, lora_a, lora_b, residual, scale, gate, *quantised), x)
 
 
 def lora_projections(
@@ -73,8 +75,11 @@ def projection_arguments(x: Tensor, weights: Projections, lora_scale: float | Te
     checks.floating("x", x)
     checks.projected(x, weights.weight)
     scale, gate = _strength(lora_scale, x)
-    shadow = weights.shadow if weights.packed.dtype == x.dtype else None
-    return [x, weights.weight, shadow, *weights.factors(), scale, gate]
+    weight, quantised = operands(weights.weight)
+    shadow = weights.shadow
+    if shadow is not None and shadow.dtype != x.dtype:
+        shadow = None
+    return [x, weight, shadow, *weights.factors(), scale, gate, *quantised]
 
 
 def _strength(lora_scale: float | Tensor, x: Tensor) -> tuple[float, Tensor | None]:
