@@ -135,10 +135,15 @@ def no_zero(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} has a 0: allowed are other values alone")
 
 
-def _can_read(value: Tensor) -> bool:
-    """Whether there are values, on the CPU: none while a graph is traced."""
+def has_values(value: Tensor) -> bool:
+    """Whether there are values, on any device: none while a graph is traced."""
     traced = torch.compiler.is_compiling() or type(value) is not Tensor
-    return value.device.type == "cpu" and value.numel() > 0 and not traced
+    return value.device.type != "meta" and value.numel() > 0 and not traced
+
+
+def _can_read(value: Tensor) -> bool:
+    """Whether there are values, on the CPU."""
+    return value.device.type == "cpu" and has_values(value)
 
 
 def number(name: str, value: float) -> None:

@@ -81,6 +81,24 @@ def frozen_conv2d_bwd_flop(grad_shape, weight_shape, *rest, out_shape=None, **__
     return 2 * math.prod(grad_shape) * math.prod(_plain_shape(weight_shape, rest[5:])[1:])
 
 
+@register_flop_formula(torch.ops.palp_fast.int8_linear)
+def int8_linear_flop(
+    codes_shape, _scale, weight_shape, _weight_scale, _bias, low_shape, _lora_b, _dtype, *_, out_shape=None, **__
+) -> int:
+    """codes W^T, counted as if it were of floating numbers, and the product of low with B^T."""
+    return 2 * math.prod(codes_shape) * weight_shape[0] + _low_rank(low_shape, weight_shape)
+
+
+@register_flop_formula(torch.ops.palp_fast.fp16_linear)
+def fp16_linear_flop(x_shape, weight_shape, _bias, low_shape, *_, out_shape=None, **__) -> int:
+    """x W^T, and the product of low with B^T."""
+    return 2 * math.prod(x_shape) * weight_shape[0] + _low_rank(low_shape, weight_shape)
+
+
+def _low_rank(low_shape, weight_shape) -> int:
+    return 0 if low_shape is None else 2 * math.prod(low_shape) * weight_shape[0]
+
+
 def _plain_shape(weight_shape, quantised):
     """The shape of a weight that may be quantised; quantised: its scale, its shape, ..., or nothing."""
     return quantised[1] if len(quantised) > 1 and quantised[0] is not None else weight_shape
@@ -113,9 +131,10 @@ def _nbytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-_UNPACKING = ["dequantise"]
+_QUANTISING = ["dequantise", "quantise_rows"]
 _POINTWISE = ("score_combination", "renoise", "add_noise", "geglu", "group_norm_silu", "layer_norm")
 _PAIRS = [name + suffix for name in _POINTWISE for suffix in ("", "_bwd")]
 _OPTIMIZER = ["grad_norm", "adamw", "lion", "optimizer_step", "write_words"]
 _SAMPLER = ["timestep_sample", "timestep_update", "philox_words"]
-register_flop_formula([getattr(torch.ops.palp_fast, name) for name in (*_PAIRS, *_OPTIMIZER, *_SAMPLER, *_UNPACKING)])(_elementwise)
+_NONE = (*_PAIRS, *_OPTIMIZER, *_SAMPLER, *_QUANTISING)
+register_flop_formula([getattr(torch.ops.palp_fast, name) for name in _NONE])(_elementwise)

@@ -14,7 +14,7 @@ from palp_fast.ops.scratch import in_shape
 from palp_fast.reference.quantised import BLOCK, FORMATS, blocks_of
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class QuantisedWeight:
     """Codes and scales of a weight [d_out, ...], row by row; reference/quantised.py has the formats.
 
@@ -44,6 +44,9 @@ class QuantisedWeight:
         for name, value, size in zip(("codes", "scale"), (self.codes, self.scale), wanted):
             if tuple(value.shape) != size:
                 raise ValueError(f"{name} has shape {list(value.shape)}: allowed is {list(size)}")
+
+    def __repr__(self) -> str:
+        return f"QuantisedWeight({self.form}, shape={list(self.shape)})"
 
     @property
     def form(self) -> str:
@@ -83,6 +86,11 @@ class QuantisedWeight:
         if backend != "auto":
             op = overload("dequantise", self.device, backend)
         return in_shape(op(self.codes, self.scale, self.width, dtype or self.dtype), self.shape, self.channels_last)
+
+    def rows(self, first: int, end: int) -> QuantisedWeight:
+        """Some of its rows, a view."""
+        shape = (min(end, self.shape[0]) - first, *self.shape[1:])
+        return self._with(self.codes[first:end], self.scale[first:end], shape)
 
     def _with(self, codes: Tensor, scale: Tensor, shape: tuple[int, ...]) -> QuantisedWeight:
         return QuantisedWeight(codes, scale, shape, self.dtype, self.channels_last)

@@ -90,6 +90,16 @@ def convolution_quantised(form: str) -> tuple:
     return codes, options, (*rest, True)
 
 
+def int8_product() -> tuple:
+    some, (codes, scale, _) = lora(), quantised(15, 8, form="int8")
+    weight, weight_scale, _ = quantised(6, 8, form="int8")
+    return codes, scale, weight, weight_scale, some["bias"], torch.ones(15, 2), some["lora_b"], torch.bfloat16
+
+
+def fp16_rows() -> torch.Tensor:
+    return lora()["x"].view(15, 8).half()
+
+
 def attention() -> tuple:
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(shape, generator=draw) for shape in ((3, 5, 12), (2, 4, 12), (2, 4, 12)))
@@ -151,6 +161,10 @@ SAMPLES = {
     "frozen_conv2d, nf4": lambda: (images(1)[0], (some := convolution_quantised("nf4"))[0], None, *some[1], *some[2]),
     "frozen_conv2d_bwd, int8": lambda: (torch.ones(3, 6, 2, 5), (some := convolution_quantised("int8"))[0], [6, 7],
                                         *some[1], *some[2]),
+    "quantise_rows": lambda: (lora()["x"].view(15, 8),),
+    "int8_linear": int8_product,
+    "fp16_linear": lambda: (fp16_rows(), lora()["weight"], None, torch.ones(15, 2), lora()["lora_b"]),
+    "fp16_linear, nf4": lambda: (fp16_rows(), (some := quantised(6, 8, form="nf4"))[0], None, None, None, *some[1:]),
     "geglu": lambda: (images(1)[0][..., :6],),
     "geglu_bwd": lambda: (images(1)[0][..., :3], images(1)[0][..., :6]),
     "attention": attention,

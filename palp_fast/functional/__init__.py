@@ -9,6 +9,7 @@ another device.
 from palp_fast import ops as _ops  # noqa: F401  (registers the operators)
 from palp_fast.functional.attention import attention
 from palp_fast.functional.frozen import geglu, group_norm_silu, layer_norm
+from palp_fast.functional.inexact import inexact_products
 from palp_fast.functional.lora import lora_linear, lora_projections
 from palp_fast.functional.lora_attention import lora_attention
 from palp_fast.functional.noise import add_noise, renoise
@@ -20,6 +21,6 @@ from palp_fast.quantised import QuantisedWeight
 
 __all__ = [
     "AttentionWeights", "Projections", "QuantisedWeight", "add_noise", "attention", "frozen_conv2d", "frozen_linear",
-    "geglu", "group_norm_silu", "layer_norm", "lora_attention", "lora_linear", "lora_projections", "quantise", "renoise",
-    "score_combination", "score_residual",
+    "geglu", "group_norm_silu", "inexact_products", "layer_norm", "lora_attention", "lora_linear", "lora_projections",
+    "quantise", "renoise", "score_combination", "score_residual",
 ]

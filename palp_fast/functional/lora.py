@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from palp_fast import autocast, checks
+from palp_fast.functional import inexact
 from palp_fast.functional.weights import Projections
 from palp_fast.ops.registry import overload
 from palp_fast.quantised import Weight, operands
@@ -51,9 +52,16 @@ def lora_linear_residual(
     if residual is not None:
         checks.table("residual", residual, (*x.shape[:-1], weight.shape[0]), x)
     scale, gate = _strength(lora_scale, x)
-    weight, quantised = operands(weight)
     op = overload("lora_linear", x.device, backend)
-    return _in_autocast_dtype(lambda x: op(x, weight, bias, lora_a, lora_b, residual, scale, gate, *quantised), x)
+
+    def run(x: Tensor) -> Tensor:
+        if inexact.asked(x, weight, lora_a, lora_b, residual):
+            (y,) = inexact.lora(x, [weight], bias, [(lora_a, lora_b)], scale, gate, backend)
+            return y if residual is None else y + residual
+        plain, quantised = operands(weight)
+        return op(x, plain, bias, lora_a, lora_b, residual, scale, gate, *quantised)
+
+    return _in_autocast_dtype(run, x)
 
 
 def lora_projections(
@@ -67,7 +75,15 @@ def lora_projections(
     """
     checks.floating("x", x)
     op = overload("lora_projections", x.device, backend)
-    return _in_autocast_dtype(lambda x: op(*projection_arguments(x, weights, lora_scale)), x)[: weights.count]
+
+    def run(x: Tensor) -> tuple[Tensor, ...]:
+        arguments = projection_arguments(x, weights, lora_scale)
+        if inexact.asked(x, weights.weight, *weights.lora_a, *weights.lora_b):
+            pairs = list(zip(weights.lora_a, weights.lora_b))
+            return tuple(inexact.lora(x, weights.parts, None, pairs, *arguments[9:11], backend))
+        return op(*arguments)[: weights.count]
+
+    return _in_autocast_dtype(run, x)
 
 
 def projection_arguments(x: Tensor, weights: Projections, lora_scale: float | Tensor) -> list:

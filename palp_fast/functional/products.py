@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from palp_fast import autocast, checks
+from palp_fast.functional import inexact
 from palp_fast.ops.registry import overload
 from palp_fast.quantised import Weight, operands
 
@@ -24,8 +25,14 @@ def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None, *, back
     checks.frozen_matrix("weight", weight, x)
     checks.width("x", x, weight)
     checks.optional_table("bias", bias, weight.shape[:1], x)
-    weight, quantised = operands(weight)
-    return autocast.product(overload("frozen_linear", x.device, backend), x, weight, bias, *quantised)
+
+    def run(x: Tensor) -> Tensor:
+        if inexact.asked(x, weight):
+            return inexact.linear(x, weight, bias, backend)
+        plain, quantised = operands(weight)
+        return overload("frozen_linear", x.device, backend)(x, plain, bias, *quantised)
+
+    return autocast.product(run, x)
 
 
 def frozen_conv2d(

@@ -13,7 +13,7 @@ from palp_fast.reference.quantised import FORMATS, quantise_ref
 
 @torch.no_grad()
 def quantise(weight: Tensor, form: str, *, name: str = "weight") -> QuantisedWeight:
-    """`weight` in the format `form`, "int8" or "nf4"; reference/quantised.py has both, docs/quantised.md what they lose.
+    """`weight` in the format `form`, "int8" or "nf4", as reference/quantised.py has them.
 
     weight: [d_out, d_in] or [d_out, d_in, h, w], floating, rows not empty, all numbers finite (they are read back for
     it, as no operator does); name: of the weight in errors. A channels-last weight keeps its order.
@@ -29,6 +29,6 @@ def quantise(weight: Tensor, form: str, *, name: str = "weight") -> QuantisedWei
     last = channels_last(weight)
     rows = (weight.movedim(1, -1) if last else weight).reshape(weight.shape[0], -1)
     codes, scale = quantise_ref(rows, form)
-    if scale.device.type != "meta" and not scale.isfinite().all():
+    if checks.has_values(scale) and not scale.isfinite().all():
         raise ValueError(f"{name} has values that are not finite in fp32: allowed are finite numbers")
     return QuantisedWeight(codes, scale, tuple(weight.shape), weight.dtype, last)

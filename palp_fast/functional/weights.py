@@ -19,9 +19,9 @@ class Projections:
     """One to three frozen projections of one input, and their LoRA factors.
 
     packed: [W_1; W_2; W_3] of [d_out, d_in] each, quantised or not; below weights that are not, if there are shadows,
-    [A_1; A_2; A_3] of [r, d_in] each in the same dtype. lora_a, lora_b: the factors themselves, usually fp32 parameters.
-    Who changes lora_a writes the shadows, too: an optimizer that is given them as its `shadows`, or refresh(). tail: the
-    shadows beside quantised weights.
+    [A_1; A_2; A_3] of [r, d_in] each in the same dtype. lora_a, lora_b: the factors themselves, usually fp32
+    parameters. Who changes lora_a writes the shadows, too: an optimizer that is given them as its `shadows`, or
+    refresh(). tail: the shadows beside quantised weights.
     """
 
     packed: Weight
@@ -33,9 +33,9 @@ class Projections:
     def pack(weights: Sequence[Weight], pairs: Sequence[Pair], *, shadows: bool = False) -> Projections:
         """Copies `weights` into one buffer, with room for shadows if wanted; the factors are kept as they are.
 
-        Shadows have the dtype of the weights, beside quantised ones that from which these were made. Raises TypeError or
-        ValueError unless there are one to three matrices of one shape and kind, each with a pair that fits, all of one
-        rank.
+        Shadows have the dtype of the weights, beside quantised ones that from which these were made. Raises TypeError
+        or ValueError unless there are one to three matrices of one shape and kind, each with a pair that fits, all of
+        one rank.
         """
         if not 1 <= len(weights) <= 3 or len(pairs) != len(weights):
             raise ValueError(f"{len(weights)} weights with {len(pairs)} pairs: allowed are one to three, with as many")
@@ -61,6 +61,14 @@ class Projections:
     def weight(self) -> Weight:
         """[count d_out, d_in], a view."""
         return self.packed if isinstance(self.packed, QuantisedWeight) else self.packed[: self._rows]
+
+    @property
+    def parts(self) -> list[Weight]:
+        """The weight of each projection, views."""
+        if not isinstance(self.packed, QuantisedWeight):
+            return list(self.weight.chunk(self.count))
+        rows = self.lora_b[0].shape[0]
+        return [self.packed.rows(i * rows, (i + 1) * rows) for i in range(self.count)]
 
     @property
     def shadow(self) -> Tensor | None:

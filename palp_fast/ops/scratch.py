@@ -1,4 +1,4 @@
-"""Operators on a frozen weight that may be quantised: dequantised for the call alone, as a whole, in the dtype of use."""
+"""Operators on a frozen weight that may be quantised: it is dequantised for the call alone, in the dtype of use."""
 
 from __future__ import annotations
 

@@ -27,9 +27,9 @@ _LEAST = 1e-38  # in place of the scale of a block of zeros, where a code is fou
 
 
 def quantise_ref(rows: Tensor, form: str) -> tuple[Tensor, Tensor]:
-    """rows [d_out, width] -> codes (int8 [d_out, width], or uint8 [d_out, 32 blocks]), scale [d_out] or [d_out, blocks].
+    """rows [d_out, width] -> codes and their scale.
 
-    A row or block of zeros has scale 0. What is not finite gives a scale that is not.
+    int8 [d_out, width] and [d_out], or uint8 [d_out, 32 blocks] and [d_out, blocks]. A row or block of zeros has scale 0. What is not finite gives a scale that is not.
     """
     return _int8(rows.to(torch.float32)) if form == "int8" else _nf4(rows.to(torch.float32))
 
@@ -60,8 +60,9 @@ def _nf4(rows: Tensor) -> tuple[Tensor, Tensor]:
     scale = rows.abs().amax(2)
     ratio = (rows * (1 / scale.clamp(min=_LEAST))[:, :, None]).clamp_(-1, 1)
     levels = nf4_levels(rows.device)
-    codes = torch.bucketize(ratio, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8).view(len(rows), -1, 2)
-    return codes[..., 0] << 4 | codes[..., 1], scale
+    codes = torch.bucketize(ratio, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
+    first, second = codes.view(len(rows), -1, 2).unbind(-1)
+    return first << 4 | second, scale
 
 
 def nf4_levels(device: torch.device) -> Tensor:
