@@ -17,10 +17,14 @@ BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 OPERATORS = (
     "score_combination", "renoise", "add_noise", "timestep_sample", "timestep_update", "lora_linear",
     "lora_projections", "grad_norm", "adamw", "lion", "geglu", "group_norm_silu", "layer_norm", "attention",
-    "frozen_conv2d", "frozen_linear",
+    "frozen_conv2d", "frozen_linear", "dequantise", "quantise_rows",
+    "int8_linear", "fp16_linear",
 )
 # Those that kernels/palp has.
-TRITON = ("geglu", "group_norm_silu", "layer_norm", "attention", "lora_linear", "lora_projections")
+TRITON = (
+    "geglu", "group_norm_silu", "layer_norm", "attention", "lora_linear", "lora_projections", "dequantise",
+    "quantise_rows", "int8_linear", "fp16_linear",
+)
 _TORCH = ("frozen_conv2d", "frozen_linear")  # products, left to torch's libraries
 _EVERYWHERE = tuple(name for name in OPERATORS if name not in (*_TORCH, *TRITON))
 # By device type, the operators that csrc/ has for it.

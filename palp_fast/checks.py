@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from palp_fast.quantised import QuantisedWeight, Weight
+
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FLOATING_NAMES = "torch.float16, torch.bfloat16, torch.float32, torch.float64"
 
@@ -20,6 +22,22 @@ def floating(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}={value!r}: allowed is a floating tensor")
     if value.dtype not in FLOATING:
         raise TypeError(f"{name} has dtype {value.dtype}: allowed are {FLOATING_NAMES}")
+
+
+def frozen(name: str, value: Weight) -> None:
+    """A floating tensor or a quantised weight."""
+    if not isinstance(value, QuantisedWeight):
+        floating(name, value)
+
+
+def frozen_like(name: str, value: Weight, like: Weight) -> None:
+    """A weight of the kind, shape and device of `like`."""
+    frozen(name, value)
+    kinds = [weight.form if isinstance(weight, QuantisedWeight) else "floating" for weight in (value, like)]
+    if kinds[0] != kinds[1]:
+        raise TypeError(f"{name} is {kinds[0]}: allowed is {kinds[1]}, as the first of them is")
+    _shape(name, value, like.shape)
+    _device(name, value, like)
 
 
 def image(name: str, value: Tensor) -> None:
@@ -117,10 +135,15 @@ def no_zero(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} has a 0: allowed are other values alone")
 
 
-def _can_read(value: Tensor) -> bool:
-    """Whether there are values, on the CPU: none while a graph is traced."""
+def has_values(value: Tensor) -> bool:
+    """Whether there are values, on any device: none while a graph is traced."""
     traced = torch.compiler.is_compiling() or type(value) is not Tensor
-    return value.device.type == "cpu" and value.numel() > 0 and not traced
+    return value.device.type != "meta" and value.numel() > 0 and not traced
+
+
+def _can_read(value: Tensor) -> bool:
+    """Whether there are values, on the CPU."""
+    return value.device.type == "cpu" and has_values(value)
 
 
 def number(name: str, value: float) -> None:
@@ -183,9 +206,10 @@ def gate(name: str, value: Tensor, x: Tensor) -> Tensor | None:
     return value
 
 
-def lora(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
+def lora(x: Tensor, weight: Weight, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
     """Shapes [d_out, d_in], [d_out], [r, d_in], [d_out, r] that fit each other and x [..., d_in]."""
-    for name, value in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
+    frozen_matrix("weight", weight, x)
+    for name, value in (("lora_a", lora_a), ("lora_b", lora_b)):
         matrix(name, value, x)
     d_out, d_in = weight.shape
     width("x", x, weight)
@@ -195,7 +219,7 @@ def lora(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b:
         table("bias", bias, (d_out,), x)
 
 
-def projected(x: Tensor, weight: Tensor) -> None:
+def projected(x: Tensor, weight: Weight) -> None:
     """x [..., d_in] for a packed weight [n d_out, d_in]."""
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x has shape {list(x.shape)}: allowed is [..., {weight.shape[1]}], the width of weights")
@@ -226,12 +250,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, kv_index: Tensor | No
 def matrix(name: str, value: Tensor, like: Tensor) -> None:
     """A floating matrix on the device of `like`."""
     floating(name, value)
+    frozen_matrix(name, value, like)
+
+
+def frozen_matrix(name: str, value: Weight, like: Tensor) -> None:
+    """As `matrix`, or quantised."""
+    frozen(name, value)
     if value.dim() != 2:
         raise ValueError(f"{name} has shape {list(value.shape)}: allowed is a matrix")
     _device(name, value, like)
 
 
-def width(name: str, value: Tensor, weight: Tensor) -> None:
+def width(name: str, value: Tensor, weight: Weight) -> None:
     """[..., d_in] for a weight [d_out, d_in]."""
     if value.dim() == 0 or value.shape[-1] != weight.shape[1]:
         allowed = f"[..., {weight.shape[1]}], the width of weight"
@@ -249,9 +279,9 @@ def pair(name: str, value: int | Sequence[int], minimum: int) -> list[int]:
     return list(value)
 
 
-def kernel(name: str, value: Tensor, x: Tensor, padding: list[int], dilation: list[int], groups: int) -> None:
-    """A floating [d_out, C / groups, h, w] on the device of x [B, C, H, W], no larger than the padded x."""
-    floating(name, value)
+def kernel(name: str, value: Weight, x: Tensor, padding: list[int], dilation: list[int], groups: int) -> None:
+    """A frozen [d_out, C / groups, h, w] on the device of x [B, C, H, W], no larger than the padded x."""
+    frozen(name, value)
     _device(name, value, x)
     channels = value.shape[1] * groups if value.dim() == 4 else None
     if channels != x.shape[1] or value.shape[0] % groups:
@@ -263,11 +293,11 @@ def kernel(name: str, value: Tensor, x: Tensor, padding: list[int], dilation: li
             raise ValueError(f"{sizes}: allowed is at most x of shape {list(x.shape)} padded by {padding}")
 
 
-def _shape(name: str, value: Tensor, shape) -> None:
+def _shape(name: str, value: Weight, shape) -> None:
     if value.shape != shape:
         raise ValueError(f"{name} has shape {list(value.shape)}: allowed is {list(shape)}")
 
 
-def _device(name: str, value: Tensor, like: Tensor) -> None:
+def _device(name: str, value: Weight, like: Weight) -> None:
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device}: allowed is {like.device}, where the first argument is")

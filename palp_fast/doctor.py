@@ -15,7 +15,7 @@ OPTIONAL = {
     "pillow_heif": "reading HEIC photos from phones (pip install pillow-heif)",
     "accelerate": "faster loading of models with less memory",
     "triton": "kernels for the layers of the UNet on NVIDIA cards; without it, PyTorch's own operators",
-    "bitsandbytes": "nothing but a comparison in tests and benchmarks; 8-bit optimizers are built in",
+    "bitsandbytes": "its kernel for NF4 weights on NVIDIA cards; without it, ours; 8-bit optimizers are built in",
     "xformers": "nothing; attention runs on PyTorch's own",
 }
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from palp_fast import ops  # noqa: F401  (registers the operators)
+from palp_fast import functional
 from palp_fast.reference.blockwise import quantise
 
 FLOAT = torch.float32
@@ -56,6 +56,50 @@ def projections() -> tuple:
     return some["x"], torch.cat([weight, -weight]), None, *pair, *pair, None, None, 0.5, vector()
 
 
+def quantised(*shape: int, form: str) -> list:
+    """[codes, scale, shape]."""
+    draw = torch.Generator().manual_seed(0)
+    made = functional.quantise(torch.randn(shape, generator=draw), form)
+    return [made.codes, made.scale, list(shape)]
+
+
+def dequantise(form: str) -> tuple:
+    codes, scale, _ = quantised(6, 70, form=form)
+    return codes, scale, 70, torch.bfloat16
+
+
+def lora_quantised(form: str) -> tuple:
+    some, (codes, *rest) = lora(), quantised(6, 8, form=form)
+    return some["x"], codes, some["bias"], some["lora_a"], some["lora_b"], None, 0.5, None, *rest
+
+
+def lora_quantised_backward(form: str) -> tuple:
+    codes, *rest = quantised(6, 8, form=form)
+    grad, x, _, *more = lora_backward()
+    return grad, x, codes, *more, *rest
+
+
+def projections_quantised() -> tuple:
+    codes, *rest = quantised(12, 8, form="int8")
+    x, _, *more = projections()
+    return x, codes, *more, *rest
+
+
+def convolution_quantised(form: str) -> tuple:
+    (codes, *rest), options = quantised(6, 2, 3, 3, form=form), ([2, 1], [0, 1], [1, 2], 2)
+    return codes, options, (*rest, True)
+
+
+def int8_product() -> tuple:
+    some, (codes, scale, _) = lora(), quantised(15, 8, form="int8")
+    weight, weight_scale, _ = quantised(6, 8, form="int8")
+    return codes, scale, weight, weight_scale, some["bias"], torch.ones(15, 2), some["lora_b"], torch.bfloat16
+
+
+def fp16_rows() -> torch.Tensor:
+    return lora()["x"].view(15, 8).half()
+
+
 def attention() -> tuple:
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(shape, generator=draw) for shape in ((3, 5, 12), (2, 4, 12), (2, 4, 12)))
@@ -107,6 +151,20 @@ SAMPLES = {
     "lora_linear_bwd": lora_backward,
     "lora_projections": projections,
     "lora_projections_bwd": lambda: (torch.ones(3, 5, 6), None, None, *projections(), True),
+    **{f"{name}, {form}": (lambda make=make, form=form: make(form)) for form in ("int8", "nf4") for name, make in (
+        ("dequantise", dequantise), ("lora_linear", lora_quantised), ("lora_linear_bwd", lora_quantised_backward))},
+    "lora_projections, int8": projections_quantised,
+    "lora_projections_bwd, int8": lambda: (torch.ones(3, 5, 6), None, None, *projections_quantised()[:11], True,
+                                           *projections_quantised()[11:]),
+    "frozen_linear, nf4": lambda: (rows(), (some := quantised(6, 4, form="nf4"))[0], None, *some[1:]),
+    "frozen_linear_bwd, nf4": lambda: (torch.ones(3, 5, 6), *quantised(6, 8, form="nf4")),
+    "frozen_conv2d, nf4": lambda: (images(1)[0], (some := convolution_quantised("nf4"))[0], None, *some[1], *some[2]),
+    "frozen_conv2d_bwd, int8": lambda: (torch.ones(3, 6, 2, 5), (some := convolution_quantised("int8"))[0], [6, 7],
+                                        *some[1], *some[2]),
+    "quantise_rows": lambda: (lora()["x"].view(15, 8),),
+    "int8_linear": int8_product,
+    "fp16_linear": lambda: (fp16_rows(), lora()["weight"], None, torch.ones(15, 2), lora()["lora_b"]),
+    "fp16_linear, nf4": lambda: (fp16_rows(), (some := quantised(6, 8, form="nf4"))[0], None, None, None, *some[1:]),
     "geglu": lambda: (images(1)[0][..., :6],),
     "geglu_bwd": lambda: (images(1)[0][..., :3], images(1)[0][..., :6]),
     "attention": attention,

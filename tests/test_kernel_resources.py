@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from assembler import CARDS, assert_fits, compiled, launches  # noqa: E402
-from palp_fast.kernels import geglu, group_norm, group_norm_bwd, layer_norm  # noqa: E402
+from palp_fast.kernels import dequantise, geglu, group_norm, group_norm_bwd, layer_norm  # noqa: E402
 
 HALF = torch.float16
 
@@ -41,6 +41,12 @@ def layer_norm_bwd_case(width: int, from_output: bool) -> tuple:
     return layer_norm.layer_norm_bwd, *given, *meta(2, width)
 
 
+def dequantise_case(form: str, width: int, dtype: torch.dtype) -> tuple:
+    codes, scale = (meta(1280, width, dtype=torch.int8), meta(1280, dtype=torch.float32)) if form == "int8" else (
+        meta(1280, width // 2, dtype=torch.uint8), meta(1280, width // 64, dtype=torch.float32))
+    return dequantise.dequantise_rows, codes, scale, width, dtype
+
+
 # Sizes of SD1.x.
 IMAGES = {
     "320 x 64 x 64": image(320, 64), "1280 x 16 x 16": image(1280, 16), "2560 x 8 x 8": image(2560, 8),
@@ -54,6 +60,8 @@ CASES = {
     **{f"group_norm_silu backward {size}": group_norm_bwd_case(x) for size, x in IMAGES.items()},
     **{f"layer_norm {width}": layer_norm_case(width) for width in (320, 1280)},
     **{f"layer_norm backward {width}": layer_norm_bwd_case(width, from_output=False) for width in (320, 1280)},
+    **{f"dequantise {form} 1280 x {width} to {str(dtype)[6:]}": dequantise_case(form, width, dtype)
+       for form in ("int8", "nf4") for width, dtype in ((320, HALF), (1280 * 9, HALF), (1280, torch.float32))},
     "layer_norm backward from the output": layer_norm_bwd_case(1280, from_output=True),
 }
 

@@ -102,6 +102,27 @@ def test_lora_projections(device, rows, width, dtype):
             normal(device, 2, rows, 3 * width, dtype=dtype))
 
 
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+@pytest.mark.parametrize(("device", "rows", "width"), CASES)
+def test_dequantise(device, rows, width, form):
+    weight = PF.quantise(normal("cpu", rows, width), form)
+    for dtype in DTYPES:
+        for name in ("auto", BACKEND[device]):  # auto is bitsandbytes' kernel where it is able
+            assert torch.equal(weight.to(device).dequantise(dtype, backend=name).cpu(), weight.dequantise(dtype))
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp16"])
+@pytest.mark.parametrize(("device", "rows", "width"), CASES)
+def test_inexact_products(device, rows, width, kind):
+    weight, *factors, gate = projected(device, width, torch.float32)
+    weight, x = PF.quantise(weight, "int8"), normal(device, 2, rows, width, dtype=torch.float16)
+    truth = PF.lora_linear(x.double(), weight, None, *factors, gate)
+    with torch.no_grad(), PF.inexact_products(kind):
+        found, peer = (PF.lora_linear(x, weight, None, *factors, gate, backend=name)
+                       for name in (BACKEND[device], "reference"))
+    assert_as_good(found, peer, truth, 1e-4)
+
+
 @NEEDS_CUDA
 def test_captured_in_a_cuda_graph():
     x = normal("cuda", 2, 256, 320, dtype=torch.float16)

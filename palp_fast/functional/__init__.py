@@ -9,15 +9,18 @@ another device.
 from palp_fast import ops as _ops  # noqa: F401  (registers the operators)
 from palp_fast.functional.attention import attention
 from palp_fast.functional.frozen import geglu, group_norm_silu, layer_norm
+from palp_fast.functional.inexact import inexact_products
 from palp_fast.functional.lora import lora_linear, lora_projections
 from palp_fast.functional.lora_attention import lora_attention
 from palp_fast.functional.noise import add_noise, renoise
 from palp_fast.functional.products import frozen_conv2d, frozen_linear
+from palp_fast.functional.quantise import quantise
 from palp_fast.functional.score import score_combination, score_residual
 from palp_fast.functional.weights import AttentionWeights, Projections
+from palp_fast.quantised import QuantisedWeight
 
 __all__ = [
-    "AttentionWeights", "Projections", "add_noise", "attention", "frozen_conv2d", "frozen_linear", "geglu",
-    "group_norm_silu", "layer_norm", "lora_attention", "lora_linear", "lora_projections", "renoise",
-    "score_combination", "score_residual",
+    "AttentionWeights", "Projections", "QuantisedWeight", "add_noise", "attention", "frozen_conv2d", "frozen_linear",
+    "geglu", "group_norm_silu", "inexact_products", "layer_norm", "lora_attention", "lora_linear", "lora_projections",
+    "quantise", "renoise", "score_combination", "score_residual",
 ]

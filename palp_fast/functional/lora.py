@@ -7,13 +7,15 @@ from collections.abc import Callable
 from torch import Tensor
 
 from palp_fast import autocast, checks
+from palp_fast.functional import inexact
 from palp_fast.functional.weights import Projections
 from palp_fast.ops.registry import overload
+from palp_fast.quantised import Weight, operands
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
@@ -23,8 +25,8 @@ def lora_linear(
 ) -> Tensor:
     """x W^T + bias + lora_scale (x A^T) B^T, the low-rank term never merged into W (Hu et al., arXiv 2106.09685).
 
-    x: [..., d_in]; weight: [d_out, d_in], frozen, of any floating dtype; bias: [d_out] or None; lora_a: [r, d_in] and
-    lora_b: [d_out, r], usually fp32; lora_scale: a float, or [B] with B = x.shape[0], one factor per sample.
+    x: [..., d_in]; weight: [d_out, d_in], frozen, of any floating dtype or quantised; bias: [d_out] or None; lora_a:
+    [r, d_in] and lora_b: [d_out, r], usually fp32; lora_scale: a float, or [B] with B = x.shape[0], one per sample.
     The frozen product runs in the dtype of x (under autocast: the autocast dtype), the low-rank term is summed in fp32.
 
     Returns [..., d_out] in that dtype. Gradients to x, lora_a and lora_b (in their own dtypes), to nothing else. Keeps
@@ -35,7 +37,7 @@ def lora_linear(
 
 def lora_linear_residual(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
@@ -51,7 +53,15 @@ def lora_linear_residual(
         checks.table("residual", residual, (*x.shape[:-1], weight.shape[0]), x)
     scale, gate = _strength(lora_scale, x)
     op = overload("lora_linear", x.device, backend)
-    return _in_autocast_dtype(lambda x: op(x, weight, bias, lora_a, lora_b, residual, scale, gate), x)
+
+    def run(x: Tensor) -> Tensor:
+        if inexact.asked(x, weight, lora_a, lora_b, residual):
+            (y,) = inexact.lora(x, [weight], bias, [(lora_a, lora_b)], scale, gate, backend)
+            return y if residual is None else y + residual
+        plain, quantised = operands(weight)
+        return op(x, plain, bias, lora_a, lora_b, residual, scale, gate, *quantised)
+
+    return _in_autocast_dtype(run, x)
 
 
 def lora_projections(
@@ -65,7 +75,15 @@ def lora_projections(
     """
     checks.floating("x", x)
     op = overload("lora_projections", x.device, backend)
-    return _in_autocast_dtype(lambda x: op(*projection_arguments(x, weights, lora_scale)), x)[: weights.count]
+
+    def run(x: Tensor) -> tuple[Tensor, ...]:
+        arguments = projection_arguments(x, weights, lora_scale)
+        if inexact.asked(x, weights.weight, *weights.lora_a, *weights.lora_b):
+            pairs = list(zip(weights.lora_a, weights.lora_b))
+            return tuple(inexact.lora(x, weights.parts, None, pairs, *arguments[9:11], backend))
+        return op(*arguments)[: weights.count]
+
+    return _in_autocast_dtype(run, x)
 
 
 def projection_arguments(x: Tensor, weights: Projections, lora_scale: float | Tensor) -> list:
@@ -73,8 +91,11 @@ def projection_arguments(x: Tensor, weights: Projections, lora_scale: float | Te
     checks.floating("x", x)
     checks.projected(x, weights.weight)
     scale, gate = _strength(lora_scale, x)
-    shadow = weights.shadow if weights.packed.dtype == x.dtype else None
-    return [x, weights.weight, shadow, *weights.factors(), scale, gate]
+    weight, quantised = operands(weights.weight)
+    shadow = weights.shadow
+    if shadow is not None and shadow.dtype != x.dtype:
+        shadow = None
+    return [x, weight, shadow, *weights.factors(), scale, gate, *quantised]
 
 
 def _strength(lora_scale: float | Tensor, x: Tensor) -> tuple[float, Tensor | None]:

@@ -87,8 +87,9 @@ def _recomputed(inputs, kv, kv_index, heads, softmax_scale, provider, backend) -
     """The same by one node of the graph."""
     groups = []
     for call in inputs:
-        *tensors, number, gate = projection_arguments(*call)
-        groups += [*tensors, gate]
+        arguments = projection_arguments(*call)
+        tensors, (number, gate, *quantised) = arguments[:9], arguments[9:]
+        groups += [*tensors, gate, quantised[0] if quantised else None]
     device = inputs[0][0].device
     asked = provider if backend == "auto" else backend
     kinds = kind("lora_projections", device, backend), kind("attention", device, asked)

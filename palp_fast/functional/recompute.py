@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_PARTS = 10  # tensors of a group: input, weight, shadow, six factors, gate
+_PARTS = 11  # tensors of a group: input, weight, shadow, six factors, gate, scale of a quantised weight
 
 
 class Plan(NamedTuple):
@@ -61,10 +61,15 @@ def _project(plan: Plan, k: Tensor | None, v: Tensor | None, groups) -> list[Ten
     """[q, k, v]."""
     projections, made = getattr(torch.ops.palp_fast.lora_projections, plan.projections), []
     for i in range(len(groups) // _PARTS):
-        *tensors, gate = _group(groups, i)
-        results = projections(*tensors, plan.lora_scale, gate)
+        *tensors, gate, weight_scale = _group(groups, i)
+        results = projections(*tensors, plan.lora_scale, gate, *_quantised(tensors, weight_scale))
         made += [y for y, factor in zip(results, tensors[3::2]) if factor is not None]
     return made if k is None else [*made, k, v]
+
+
+def _quantised(tensors: list[Tensor | None], weight_scale: Tensor | None) -> tuple:
+    """The operators' last arguments."""
+    return () if weight_scale is None else (weight_scale, [tensors[1].shape[0], tensors[3].shape[1]])
 
 
 def _shares(dq: Tensor, dk: Tensor, dv: Tensor, kv_made: bool, count: int) -> list[list[Tensor | None]]:
@@ -76,8 +81,9 @@ def _shares(dq: Tensor, dk: Tensor, dv: Tensor, kv_made: bool, count: int) -> li
 
 def _group_gradients(plan: Plan, d_made: list[Tensor | None], group, needed) -> list[Tensor | None]:
     """One gradient or None for each tensor of a group."""
-    *tensors, gate = group
+    *tensors, gate, weight_scale = group
     backward = getattr(torch.ops.palp_fast.lora_projections_bwd, plan.projections)
-    d_x, *d_factors = backward(*d_made, *tensors, plan.lora_scale, gate, needed[0])
-    made = [d_x, None, None, *d_factors, None]
+    quantised = _quantised(tensors, weight_scale)
+    d_x, *d_factors = backward(*d_made, *tensors, plan.lora_scale, gate, needed[0], *quantised)
+    made = [d_x, None, None, *d_factors, None, None]
     return [value if need else None for value, need in zip(made, needed)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from palp_fast import checks
+from palp_fast.quantised import QuantisedWeight, Weight
 
 Pair = tuple[Tensor, Tensor]  # LoRA factors A [r, d_in] and B [d_out, r]
 
@@ -17,36 +18,39 @@ Pair = tuple[Tensor, Tensor]  # LoRA factors A [r, d_in] and B [d_out, r]
 class Projections:
     """One to three frozen projections of one input, and their LoRA factors.
 
-    packed: [W_1; W_2; W_3] of [d_out, d_in] each, and below them, if there are shadows, [A_1; A_2; A_3] of [r, d_in]
-    each in the same dtype. lora_a, lora_b: the factors themselves, usually fp32 parameters. Who changes lora_a writes
-    the shadows, too: an optimizer that is given them as its `shadows`, or refresh().
+    packed: [W_1; W_2; W_3] of [d_out, d_in] each, quantised or not; below weights that are not, if there are shadows,
+    [A_1; A_2; A_3] of [r, d_in] each in the same dtype. lora_a, lora_b: the factors themselves, usually fp32
+    parameters. Who changes lora_a writes the shadows, too: an optimizer that is given them as its `shadows`, or
+    refresh(). tail: the shadows beside quantised weights.
     """
 
-    packed: Tensor
+    packed: Weight
     lora_a: tuple[Tensor, ...]
     lora_b: tuple[Tensor, ...]
+    tail: Tensor | None = None
 
     @staticmethod
-    def pack(weights: Sequence[Tensor], pairs: Sequence[Pair], *, shadows: bool = False) -> Projections:
+    def pack(weights: Sequence[Weight], pairs: Sequence[Pair], *, shadows: bool = False) -> Projections:
         """Copies `weights` into one buffer, with room for shadows if wanted; the factors are kept as they are.
 
-        Raises TypeError or ValueError unless there are one to three matrices of one shape, each with a pair that fits,
-        all of one rank.
+        Shadows have the dtype of the weights, beside quantised ones that from which these were made. Raises TypeError
+        or ValueError unless there are one to three matrices of one shape and kind, each with a pair that fits, all of
+        one rank.
         """
         if not 1 <= len(weights) <= 3 or len(pairs) != len(weights):
             raise ValueError(f"{len(weights)} weights with {len(pairs)} pairs: allowed are one to three, with as many")
         for i, (weight, (lora_a, lora_b)) in enumerate(zip(weights, pairs)):
-            checks.floating(f"weights[{i}]", weight)
-            checks.table(f"weights[{i}]", weight, weights[0].shape, weights[0])
+            checks.frozen_like(f"weights[{i}]", weight, weights[0])
             checks.lora(weight, weight, None, lora_a, lora_b)
             checks.table(f"pairs[{i}][0]", lora_a, pairs[0][0].shape, pairs[0][0])
             for side, factor, first in zip("01", (lora_a, lora_b), pairs[0]):
                 if factor.dtype != first.dtype:
                     raise TypeError(f"pairs[{i}][{side}] has dtype {factor.dtype}: allowed is {first.dtype}")
-        tail = [lora_a.detach() for lora_a, _ in pairs] if shadows else []
-        packed = torch.cat([*(weight.detach() for weight in weights), *(a.to(weights[0].dtype) for a in tail)])
+        tail = [lora_a.detach().to(weights[0].dtype) for lora_a, _ in pairs] if shadows else []
         lora_a, lora_b = zip(*pairs)
-        return Projections(packed, lora_a, lora_b)
+        if isinstance(weights[0], QuantisedWeight):
+            return Projections(QuantisedWeight.cat(weights), lora_a, lora_b, torch.cat(tail) if tail else None)
+        return Projections(torch.cat([*(weight.detach() for weight in weights), *tail]), lora_a, lora_b)
 
     @property
     def count(self) -> int:
@@ -54,15 +58,29 @@ class Projections:
         return len(self.lora_a)
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Weight:
         """[count d_out, d_in], a view."""
-        return self.packed[: self.count * self.lora_b[0].shape[0]]
+        return self.packed if isinstance(self.packed, QuantisedWeight) else self.packed[: self._rows]
+
+    @property
+    def parts(self) -> list[Weight]:
+        """The weight of each projection, views."""
+        if not isinstance(self.packed, QuantisedWeight):
+            return list(self.weight.chunk(self.count))
+        rows = self.lora_b[0].shape[0]
+        return [self.packed.rows(i * rows, (i + 1) * rows) for i in range(self.count)]
 
     @property
     def shadow(self) -> Tensor | None:
         """[count r, d_in], a view, or None."""
-        tail = self.packed[self.count * self.lora_b[0].shape[0]:]
+        if isinstance(self.packed, QuantisedWeight):
+            return self.tail
+        tail = self.packed[self._rows:]
         return tail if len(tail) else None
+
+    @property
+    def _rows(self) -> int:
+        return self.count * self.lora_b[0].shape[0]
 
     def shadows(self) -> dict[Tensor, Tensor]:
         """{lora_a: its shadow}, as optimizers take them."""
@@ -90,13 +108,13 @@ class AttentionWeights:
     """
 
     inputs: tuple[Projections, ...]
-    out: Tensor
+    out: Weight
     out_bias: Tensor | None
     out_lora: Pair
 
     @staticmethod
     def pack(
-        weights: dict[str, Tensor],
+        weights: dict[str, Weight],
         lora: dict[str, Pair],
         out_bias: Tensor | None = None,
         *,

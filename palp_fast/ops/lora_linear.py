@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from palp_fast.ops.registry import differentiable, empty, register
+from palp_fast.ops.scratch import Scratch
 from palp_fast.reference.lora_linear import lora_linear_bwd_ref, lora_linear_ref
 
 
@@ -16,8 +17,9 @@ def _fake(x, weight, bias, lora_a, lora_b, residual, scale, gate):
 
 
 def _setup(ctx, inputs, output):
-    x, weight, _, lora_a, lora_b, residual, scale, gate = inputs
-    ctx.save_for_backward(x, weight, lora_a, lora_b, gate)
+    x, weight, _, lora_a, lora_b, residual, scale, gate, *quantised = inputs
+    ctx.save_for_backward(x, weight, lora_a, lora_b, gate, *quantised[:1])
+    ctx.weight_shape = quantised[1:]
     ctx.scale, ctx.residual_dtype = scale, None if residual is None else residual.dtype
 
 
@@ -26,8 +28,9 @@ def _backward(bwd: Callable) -> Callable:
         need_x, need_a, need_b, need_residual = ctx.needs_input_grad[-4:]
         d_residual = grad.to(ctx.residual_dtype) if need_residual else None
         # Read once: under gradient checkpointing a second read of saved_tensors is an error.
-        *tensors, gate = ctx.saved_tensors
-        d_x, d_a, d_b = bwd(grad, *tensors, ctx.scale, gate, need_x)
+        x, weight, lora_a, lora_b, gate, *weight_scale = ctx.saved_tensors
+        quantised = *weight_scale, *ctx.weight_shape
+        d_x, d_a, d_b = bwd(grad, x, weight, lora_a, lora_b, ctx.scale, gate, need_x, *quantised)
         return d_x if need_x else None, d_a if need_a else None, d_b if need_b else None, d_residual
 
     return backward
@@ -44,6 +47,7 @@ register(
     lora_linear_ref,
     _fake,
     triton="lora.lora_linear_fwd",
+    scratch=Scratch(weight=1, like=0),
 )
 register(
     "lora_linear_bwd",
@@ -52,5 +56,6 @@ register(
     lora_linear_bwd_ref,
     _bwd_fake,
     triton="lora.lora_linear_bwd",
+    scratch=Scratch(weight=2, like=1),
 )
 differentiable("lora_linear", _setup, _backward, tracked=(0, 3, 4, 5))

@@ -8,25 +8,43 @@ Backward passes are operators too.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from palp_fast import backend
+from palp_fast.ops.scratch import ARGUMENTS, Scratch, with_scratch
 
 LIBRARY = torch.library.Library("palp_fast", "DEF")
 _PUBLIC = {"default": "", "reference": ".reference", "triton": ".triton"}
 
 
-def register(name: str, schema: str, reference: Callable, fake: Callable, triton: str | None = None) -> None:
+def register(
+    name: str,
+    schema: str,
+    reference: Callable,
+    fake: Callable,
+    triton: str | None = None,
+    *,
+    default: Callable | None = None,
+    scratch: Scratch | None = None,
+) -> None:
     """All overloads of an operator: its schema, its reference, its shape function.
 
-    triton: "file.function" in palp_fast.kernels, with the reference's arguments; imported at the first call.
+    triton: "file.function" in palp_fast.kernels, with the reference's arguments; imported at the first call. default:
+    what the overload of this name runs where no library serves, the reference if None. scratch: for an operator whose
+    weight may be quantised, where it is; the schema gets ARGUMENTS, the versions do not.
     """
-    versions = {"default": reference, "reference": reference}
+    versions = {"default": default or reference, "reference": reference}
     if triton is not None:
         versions["triton"] = _first_call_imports(triton)
+    if scratch is not None:
+        schema = schema.replace(") ->", f", {ARGUMENTS}) ->", 1)
+        count = len(inspect.signature(reference).parameters)
+        versions = {kind: with_scratch(version, scratch, count, kind) for kind, version in versions.items()}
+        fake = with_scratch(fake, scratch, count, "default")
     for kind, version in versions.items():
         qualified = name + _PUBLIC[kind]
         LIBRARY.define(qualified + schema, tags=torch.Tag.pt2_compliant_tag)
@@ -94,7 +112,7 @@ def _autograd(op, setup_context: Callable, backward: Callable, tracked: tuple[in
     node = type(op._schema.name.replace("::", "_"), (torch.autograd.Function,), members)
 
     def kernel(keyset, *args):
-        tensors = [args[i] for i in tracked]
+        tensors = [args[i] for i in tracked if i < len(args)]  # defaults at the end are left out
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
             return node.apply(keyset, args, *tensors)
         return run(keyset, args)

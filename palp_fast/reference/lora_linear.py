@@ -30,7 +30,7 @@ def lora_linear_ref(
     compute = compute_dtype([x, lora_a])
     base = F.linear(_rows(x), weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     low = F.linear(x.to(compute), lora_a.to(compute))
-    left, right = _rows(_scaled(low, scale, gate)), lora_b.to(compute).T
+    left, right = _rows(scaled(low, scale, gate)), lora_b.to(compute).T
     if residual is None:
         out = _add_product(base, left, right)
     else:
@@ -51,9 +51,9 @@ def lora_linear_bwd_ref(
     """(d_x, or an empty tensor if not wanted; d_lora_a [r, d_in]; d_lora_b [d_out, r]); W gets none."""
     compute = compute_dtype([x, lora_a])
     wide, wide_x = grad.to(compute), x.to(compute)
-    d_low = _scaled(wide @ lora_b.to(compute), scale, gate)
+    d_low = scaled(wide @ lora_b.to(compute), scale, gate)
     d_a = _rows(d_low).T @ _rows(wide_x)
-    d_b = _rows(wide).T @ _rows(_scaled(F.linear(wide_x, lora_a.to(compute)), scale, gate))
+    d_b = _rows(wide).T @ _rows(scaled(F.linear(wide_x, lora_a.to(compute)), scale, gate))
     d_x = x.new_empty(0)
     if need_x:
         base = _rows(grad.to(x.dtype)) @ weight.to(x.dtype)
@@ -61,7 +61,8 @@ def lora_linear_bwd_ref(
     return d_x, d_a.to(lora_a.dtype), d_b.to(lora_b.dtype)
 
 
-def _scaled(low: Tensor, scale: float, gate: Tensor | None) -> Tensor:
+def scaled(low: Tensor, scale: float, gate: Tensor | None) -> Tensor:
+    """x A^T [B, ..., r] times the factor of all samples, and that of each, gate [B]."""
     if gate is not None:
         low = low * per_sample(gate, low)
     return low if scale == 1.0 else low * scale
