@@ -5,6 +5,7 @@ import importlib
 
 import pytest
 import torch
+from launching import NO_LAUNCH, TRITON
 from peft import LoraConfig, inject_adapter_in_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -96,16 +97,6 @@ def test_bytes_kept(rows, width):
     assert mine[True, False] <= peers[True] - bytes_of_low
     assert mine[False, True] <= 0.40 * peers[False]
     assert mine[True, True] <= 0.65 * peers[True]
-
-
-TRITON = {
-    "lora_linear": "lora.lora_linear_fwd", "lora_linear_bwd": "lora.lora_linear_bwd",
-    "lora_projections": "lora.lora_projections_fwd", "lora_projections_bwd": "lora.lora_projections_bwd",
-    "attention": "attention.attention_fwd", "attention_bwd": "attention_bwd.attention_bwd",
-}
-NO_LAUNCH = (
-    "promote_types", "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "_unsafe_view",
-)
 
 
 class Launches(TorchDispatchMode):
