@@ -29,10 +29,10 @@ from bench import rows
 from bench.machine import describe, version
 from bench.rows import StepRow
 from palp_fast import ConfigError, TrainConfig, Trainer, __version__, train
+from palp_fast.reference.dtypes import BASE_DTYPES
 from palp_fast.result import peak_memory_bytes, watch_memory
 from palp_fast.zoo.demo import CLASS_NOUN, SUBJECT, TARGET, TOKEN
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIDES = {"emoji-64": 16, "sd15": 64, "sdxl": 128}  # of the latents at the model's own resolution
 CHANNELS = {"emoji-64": 8, "sd15": 4, "sdxl": 4}
 RANK = 32
@@ -81,7 +81,8 @@ def baseline(method: str, mode: str | None, case: Case) -> tuple[Callable, Calla
         folder = _local(case.folder)
         model = plain.load(
             folder, tokens={TOKEN: CLASS_NOUN}, subject_prompts=[f"a photo of {TOKEN}"],
-            clean_prompt=TARGET.format(f"an {CLASS_NOUN}"), rank=RANK, dtype=DTYPES[case.dtype], device=case.device)
+            clean_prompt=TARGET.format(f"an {CLASS_NOUN}"), rank=RANK, dtype=BASE_DTYPES[case.dtype],
+            device=case.device)
         if mode is not None:
             tuned.tune(model, mode)
         optimizer = plain.make_optimizer(model, fused=mode is not None)
@@ -232,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="emoji-64", choices=SIDES)
     parser.add_argument("--side", type=int, help="of the latents [the model's own]")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the frozen weights [fp16 on a GPU, else fp32]")
+    parser.add_argument("--dtype", choices=BASE_DTYPES, help="of the frozen weights [fp16 on a GPU, else fp32]")
     parser.add_argument("--provider", action="append", default=[], help="providers whose name holds this")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lora-steps", type=int, default=0, help="also train and save with so many steps")

@@ -23,6 +23,7 @@ from bench.layers import RANK
 from bench.random_model import UNETS, unet
 from bench.rows import PredictionRow, RooflineRow, StepRow
 from palp_fast import ops  # noqa: F401  (registers the operators)
+from palp_fast.reference.dtypes import BASE_DTYPES
 
 SAMPLES = 4  # predictions without gradient
 LAUNCH = 5e-6  # seconds of an eager PyTorch call that launches a kernel: assumed, its order of magnitude
@@ -136,7 +137,7 @@ def predict(
     card: Card, size: str, side: int, dtype: str, provider: str, measured: float | None = None
 ) -> PredictionRow:
     """One row; `measured`: seconds of the same step on this very card."""
-    leaves = step(size, side, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype], provider)
+    leaves = step(size, side, BASE_DTYPES[dtype], provider)
     seconds, bound = card.seconds(leaves)
     return PredictionRow(
         model=size, latents=f"4x{side}x{side}", dtype=dtype, provider=provider, card=card.name,

@@ -171,12 +171,10 @@ def generate(output_dir: Path, embedding: tuple[str, ...], dtype: str | None, **
     from palp_fast.resolve import check_output_dir
 
     check_output_dir(output_dir)
-    import torch
-
     from palp_fast.generate import generate as draw
+    from palp_fast.reference.dtypes import BASE_DTYPES
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    images = draw(embedding=list(embedding) or None, dtype=dtypes.get(dtype), **options)
+    images = draw(embedding=list(embedding) or None, dtype=BASE_DTYPES.get(dtype), **options)
     output_dir.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         file = output_dir / f"seed-{options['seed'] + i}.png"

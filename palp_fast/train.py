@@ -17,11 +17,10 @@ from palp_fast.conditioning import Condition
 from palp_fast.config import TrainConfig
 from palp_fast.errors import DataError
 from palp_fast.prepare import prepare
+from palp_fast.reference.dtypes import BASE_DTYPES
 from palp_fast.result import TrainResult, peak_memory_bytes, watch_memory, write_files
 from palp_fast.space import PredictionSpace
 from palp_fast.update import Update
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train(config: TrainConfig | None = None, /, **overrides) -> TrainResult:
@@ -65,7 +64,8 @@ class Trainer:
         cfg = self.config = plan.config
         self._given, self.folder, self.resolution = config, plan.folder, plan.resolution
         watch_memory(cfg.device)
-        parts = self.components = models.load_components(cfg.model, dtype=_DTYPES[cfg.base_dtype], device=cfg.device)
+        dtype = BASE_DTYPES[cfg.base_dtype]
+        parts = self.components = models.load_components(cfg.model, dtype=dtype, device=cfg.device)
         self.unet = parts.unet
         self.space = PredictionSpace(parts.alphas_cumprod, parts.prediction_type == "v_prediction", cfg.loss_space)
         self.draws = Draws(cfg, [self._latents(photos) for photos in plan.pictures], parts.alphas_cumprod)

@@ -23,6 +23,7 @@ from torch import nn
 from palp_fast import checks
 from palp_fast.nn import lean_attention, lean_layers, lean_model
 from palp_fast.nn.lora import LoRALinear, adapt
+from palp_fast.reference.dtypes import BASE_DTYPES
 
 TABLE = {
     UNet2DConditionModel: lean_model.LeanUNet,
@@ -54,7 +55,6 @@ CONFIG = {
     "timestep_post_act": _NONE, "time_cond_proj_dim": _NONE, "attention_type": ("default",),
     "cross_attention_norm": _NONE, "dual_cross_attention": _NO, "center_input_sample": _NO,
 }
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEMORY = ("fast", "balanced", "low")
 
 
@@ -167,5 +167,5 @@ def _dtype(base_dtype) -> torch.dtype | None:
                          "allowed: 'fp32', 'bf16', 'fp16', a torch.dtype or None")
     if base_dtype is None or (isinstance(base_dtype, torch.dtype) and base_dtype.is_floating_point):
         return base_dtype
-    _one_of("base_dtype", base_dtype, tuple(_DTYPES))
-    return _DTYPES[base_dtype]
+    _one_of("base_dtype", base_dtype, tuple(BASE_DTYPES))
+    return BASE_DTYPES[base_dtype]

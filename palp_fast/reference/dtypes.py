@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+BASE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the name that base_dtype has
+
 
 def compute_dtype(tensors: Iterable[Tensor | None]) -> torch.dtype:
     """float64 if any given tensor is float64 (for gradcheck), else float32."""
