@@ -144,7 +144,8 @@ class Components:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the frozen UNet."""
-        return self.unet.dtype
+        # Its own .dtype goes through every module, 2 ms a call.
+        return next(parameter.dtype for parameter in self.unet.parameters() if parameter.is_floating_point())
 
     @property
     def prediction_type(self) -> str:
@@ -247,8 +248,8 @@ def _join_precisions(components):
 
     def cast_sample(module, args, kwargs):
         if args:
-            return (args[0].to(module.dtype), *args[1:]), kwargs
-        return args, kwargs | {"sample": kwargs["sample"].to(module.dtype)}
+            return (args[0].to(components.dtype), *args[1:]), kwargs
+        return args, kwargs | {"sample": kwargs["sample"].to(components.dtype)}
 
     components.unet.conv_out.float().register_forward_pre_hook(cast_input)
     components.unet.register_forward_pre_hook(cast_sample, with_kwargs=True)

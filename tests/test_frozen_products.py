@@ -6,10 +6,12 @@ import torch.nn.functional as F
 from close import assert_as_good, assert_close
 from saved import saved_bytes
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from palp_fast import backend
 from palp_fast import functional as PF
+from palp_fast.reference.frozen_conv2d import frozen_conv2d_bwd_ref, frozen_conv2d_ref
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 CONVOLUTIONS = {  # weight, stride, padding, dilation, groups
@@ -53,6 +55,35 @@ def test_values_and_gradient(name, dtype):
     for what, *values in zip(("output", "x"), found, its, with_gradient(peer, x.double(), grad, **wide)):
         assert values[0].dtype == dtype
         assert_as_good(*values, 1e-6 if dtype != torch.float64 else 1e-13, what)
+
+
+@pytest.mark.parametrize("name", ["3 x 3", "downsampling"])
+def test_few_pixels_are_one_product_and_many_torchs_convolution(monkeypatch, name):
+    mine, peer, _, _, x = layer(name)
+    x = x.contiguous(memory_format=torch.channels_last)
+    grad, made = torch.randn_like(peer(x)), []
+    for few in (0, 10**6):
+        monkeypatch.setattr(f"{frozen_conv2d_ref.__module__}.FEW", few)
+        with Convolutions() as seen:
+            made.append(with_gradient(mine, x, grad))
+        assert seen.count == (0 if few else 2)
+    for one, other in zip(*made):
+        assert_close(one, other, 1e-6)
+        assert one.stride() == other.stride()
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts torch's own, inside operators too."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "palp_fast":
+            with self:
+                return {"frozen_conv2d": frozen_conv2d_ref, "frozen_conv2d_bwd": frozen_conv2d_bwd_ref}[
+                    func._schema.name.partition("::")[2]](*args)
+        self.count += func._schema.name == "aten::convolution"
+        return func(*args, **(kwargs or {}))
 
 
 @EACH

@@ -5,11 +5,12 @@ import copy
 import lean_models
 import pytest
 import torch
-from close import assert_close, relative
+from close import assert_as_good, assert_close, relative
 from diffusers.models.attention_processor import AttnProcessor2_0
 from palp_fast import nn
 from palp_fast.nn.lean import set_memory
 from palp_fast.nn.lean_attention import LeanAttention
+from torch.utils.flop_counter import FlopCounterMode
 
 TOLERANCE = 1e-5
 MODES = ("fast", "balanced", "low")
@@ -177,10 +178,13 @@ def test_gradients_of_rows(targets, memory):
 def test_what_rows_share_is_computed_once():
     twin, _ = lean(lean_models.make("sd1"))
     block = twin.down_blocks[0].attentions[0].transformer_blocks[0]
-    watched = {"conv_in": twin.conv_in, "norm1": block.norm1, "norm2": block.norm2, "conv_out": twin.conv_out}
+    last = twin.up_blocks[-1].resnets[-1]
+    watched = {"conv_in": twin.conv_in, "norm1": block.norm1, "norm2": block.norm2, "conv_out": twin.conv_out,
+               "conv1": last.conv1, "conv_shortcut": last.conv_shortcut}
     seen = {}
     for name, module in watched.items():
-        module.register_forward_hook(lambda module, args, out, name=name: seen.update({name: len(args[0])}))
+        module.register_forward_hook(
+            lambda module, args, out, name=name: seen.setdefault(name, []).append(len(args[0])))
     call = lean_models.inputs("sd1", prompts=3)
     rows = nn.Rows(2, *ROWS["palp"], fixed=2)
     kv = twin.prompt_kv(call[2]["encoder_hidden_states"][:2])
@@ -191,8 +195,49 @@ def test_what_rows_share_is_computed_once():
                 self, context, scale)
     with torch.no_grad():
         twin(*call[:2], **call[2], rows=rows, prompt_kv=kv)
-    assert seen == {"conv_in": 2, "norm1": 4, "norm2": 8, "conv_out": 8}
+    assert seen == {"conv_in": [2], "norm1": [4], "norm2": [8], "conv_out": [8],
+                    "conv1": [2, 8], "conv_shortcut": [2, 8]}, "the skip from conv_in is one of the samples"
     assert set(made) == {2}, "only the student's two prompts have keys and values to compute"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_upsampling_by_summed_weights(dtype):
+    """As good as the convolution of the doubled picture, with four ninths of its products; sums follow the weight."""
+    twin, _ = lean(lean_models.make("sd1").to(dtype))
+    conv = twin.up_blocks[0].upsamplers[0].conv
+    with torch.no_grad():
+        twin.load_state_dict({name: value + 0.25 for name, value in twin.state_dict().items()})
+    x = torch.randn(2, 32, 5, 6, generator=torch.Generator().manual_seed(4)).to(dtype)
+
+    def results(function, x):
+        leaf = x.detach().requires_grad_()
+        out = function(leaf)
+        return out, *torch.autograd.grad(out, leaf, (torch.arange(out.numel()) % 7).view(out.shape).to(out.dtype))
+
+    def plain(x):
+        doubled = torch.nn.functional.interpolate(x, scale_factor=2.0)
+        return torch.nn.functional.conv2d(doubled, conv.weight.to(x.dtype), conv.bias.to(x.dtype), padding=1)
+
+    for mine, its, true in zip(results(conv.doubled, x), results(plain, x), results(plain, x.double())):
+        assert mine.is_contiguous(memory_format=torch.channels_last)
+        assert_as_good(mine, its, true, 1e-13 if dtype == torch.float64 else 1e-3)
+    counts = []
+    for function in (conv.doubled, plain):
+        with FlopCounterMode(display=False) as counter:
+            results(function, x)
+        counts.append(counter.get_total_flops())
+    assert counts[0] * 9 == counts[1] * 4
+    set_memory(twin, "balanced")
+    assert conv.sums is None and conv.doubled(x).shape == (2, 32, 10, 12)
+
+
+def test_cross_attention_keeps_its_query_on_the_cpu_in_fast():
+    twin, _ = lean(lean_models.make("sd1"))
+    attention = twin.mid_block.attentions[0].transformer_blocks[0].attn2
+    x = torch.zeros(1, 4, 32)
+    assert attention._plan(x) == ("sdpa", False) and attention._plan(x.to("meta")) == ("auto", True)
+    set_memory(twin, "balanced")
+    assert attention._plan(x) == ("auto", True)
 
 
 def test_predictions_without_grad_are_fp32():

@@ -66,7 +66,7 @@ def lean_leaves(folder, output_dir, monkeypatch):
     config = tiny.config(folder, output_dir, base_dtype="bf16", batch_size=1, rank=32, resolution=32)
     trainer, right = Trainer(config, lean=True), backend.select
     monkeypatch.setattr(backend, "select", lambda op, *args: "triton" if op in TRITON else right(op, *args))
-    monkeypatch.setattr(LeanAttention, "_provider", lambda self, x: "auto")
+    monkeypatch.setattr(LeanAttention, "_plan", lambda self, x: ("auto", self.recompute))
     trainer.update.zero()
     with Leaves() as leaves, watched(lambda kernel, *_: leaves.names.update([kernel.__name__]), "consumer"):
         loss, _ = trainer._loss(trainer.draws.batch(0, 0))

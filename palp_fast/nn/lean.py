@@ -114,6 +114,8 @@ def set_memory(unet: nn.Module, memory: str) -> None:
     for module in unet.modules():
         if isinstance(module, lean_attention.LeanTransformerBlock):
             module.choose_kept(memory)
+        elif isinstance(module, lean_layers.LeanUpsampleConv2d):
+            module.keep_sums(memory == "fast")
         elif hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = memory == "low"
 

@@ -14,18 +14,18 @@ from torch import Tensor, nn
 
 from palp_fast import functional
 from palp_fast.functional.weights import AttentionWeights, Projections
-from palp_fast.nn.lean_layers import added, pointwise, recomputed
+from palp_fast.nn.lean_layers import added, pointwise, product, recomputed
 from palp_fast.nn.lora import LoRALinear
 
 
 class LeanAttention(Attention):
     """lora_attention with its residual. q, k and v (of cross-attention k and v) are views of one packed weight.
 
-    recompute: q, k and v are made again in the backward pass.
+    recompute: q, k and v are made again in the backward pass. keeps_on_cpu: but not on the CPU.
     """
 
     backend = "auto"
-    recompute = False
+    recompute = keeps_on_cpu = False
     only = {
         **dict.fromkeys(("norm_q", "norm_k", "norm_cross", "group_norm", "spatial_norm", "added_kv_proj_dim"), (None,)),
         **dict.fromkeys(("use_bias", "residual_connection", "is_causal", "pre_only"), (False,)),
@@ -68,6 +68,7 @@ class LeanAttention(Attention):
     def forward(self, x: Tensor, residual: Tensor, call) -> Tensor:
         """x [rows, N, d], the normalised input -> [rows, N, d] with residual added."""
         context = kv = kv_index = None
+        provider, again = self._plan(x)
         if self.is_cross_attention:
             context, kv_index = call.context, call.rows.kv_index
             if call.prompt_kv is not None:
@@ -76,19 +77,19 @@ class LeanAttention(Attention):
         if isinstance(self.to_q, LoRALinear) and not _off(scale := call.scale(len(x))):
             return functional.lora_attention(
                 x, context, self._weights(), self.heads, lora_scale=scale, kv=kv, kv_index=kv_index,
-                residual=residual, recompute=self.recompute, provider=self._provider(x), backend=self.backend)
-        args = x, context, call.context_scale, kv, kv_index
-        made = recomputed(self._attended, *args) if self.recompute else self._attended(*args)
+                residual=residual, recompute=again, provider=provider, backend=self.backend)
+        args = x, context, call.context_scale, kv, kv_index, provider
+        made = recomputed(self._attended, *args) if again else self._attended(*args)
         return added(pointwise(made, self.to_out[0]), residual)
 
-    def _attended(self, x, context, context_scale, kv, kv_index) -> Tensor:
+    def _attended(self, x, context, context_scale, kv, kv_index, provider) -> Tensor:
         """Attention without LoRA on q and out."""
         if self.is_cross_attention:
             q = pointwise(x, self.to_q)
             k, v = self.keys_values(context, context_scale) if kv is None else kv
         else:
             q, k, v = self._frozen(x)
-        options = {"kv_index": kv_index, "provider": self._provider(x), "backend": self.backend}
+        options = {"kv_index": kv_index, "provider": provider, "backend": self.backend}
         return functional.attention(q, k, v, self.heads, **options)
 
     def keys_values(self, context: Tensor, lora_scale: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +100,7 @@ class LeanAttention(Attention):
         return self._frozen(context)
 
     def _frozen(self, x: Tensor) -> tuple[Tensor, ...]:
-        made = functional.frozen_linear(x, self.packed, backend=self.backend)
+        made = product(x, self.packed, None, self.backend)
         return made.chunk(len(self.packed_names), dim=-1)
 
     def _packed(self) -> Projections:
@@ -112,10 +113,12 @@ class LeanAttention(Attention):
             inputs = (Projections(q.weight, (q.lora_a,), (q.lora_b,)), *inputs)
         return AttentionWeights(inputs, out.weight, out.bias, (out.lora_a, out.lora_b))
 
-    def _provider(self, x: Tensor) -> str:
-        """On the CPU torch's attention is the fast one; this package has its formula alone."""
+    def _plan(self, x: Tensor) -> tuple[str, bool]:
+        """(provider, whether to recompute): on the CPU torch's attention is the fast one, and it keeps q, k and v."""
         fast = x.device.type == "cpu" and x.dtype != torch.float64 and self.backend == "auto"
-        return "sdpa" if fast and not self.recompute else "auto"
+        if not fast or (self.recompute and not self.keeps_on_cpu):
+            return "auto", self.recompute
+        return "sdpa", False
 
 
 def _off(lora_scale: float | Tensor) -> bool:
@@ -167,7 +170,7 @@ class LeanTransformerBlock(BasicTransformerBlock):
         self.norm1.next_keeps_output(isinstance(self.attn1.to_q, LoRALinear) or again)
         self.norm3.next_keeps_output(again)
         if self.attn2 is not None:
-            self.attn2.recompute = True
+            self.attn2.recompute, self.attn2.keeps_on_cpu = True, not again
             self.norm2.next_keeps_output(True)
 
     def forward(self, x: Tensor, call) -> Tensor:

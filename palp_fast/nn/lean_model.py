@@ -74,9 +74,7 @@ class _Block:
 
 
 def _resnet_and_entry(resnet, transformer, x, skip, call):
-    if skip is not None:
-        x = torch.cat([x, call.rows.take(skip, len(x))], dim=1)
-    x = resnet(x, call)
+    x = resnet(x, call, skip)
     return x, None if transformer is None else transformer.enter(x)
 
 

@@ -23,7 +23,7 @@ def group_norm_silu_ref(
     """(y in the dtype and layout of x, mean, rstd [B, groups]), computed in fp32 (fp64 for fp64)."""
     wide, weight, bias = _wide(x, weight, bias)
     z, mean, rstd = torch.native_group_norm(wide, weight, bias, *_sizes(x), groups, eps)
-    y = F.silu(z) if silu else z
+    y = F.silu(z, inplace=True) if silu else z
     return in_layout(y.to(x.dtype), channels_last(x)), mean, rstd
 
 
@@ -38,8 +38,7 @@ def group_norm_silu_bwd_ref(
     dz = in_layout(grad.to(wide.dtype), _channels_last_image(wide))
     groups = mean.shape[1]
     if silu:
-        xhat = ((wide.unflatten(1, (groups, -1)) - _per_group(mean, x)) * _per_group(rstd, x)).flatten(1, 2)
-        dz = torch.ops.aten.silu_backward(dz, _affine(xhat, weight, bias))
+        dz = torch.ops.aten.silu_backward(dz, _affine(wide, mean, rstd, weight, bias))
     wanted = [True, False, False]
     dx, _, _ = torch.ops.aten.native_group_norm_backward(dz, wide, mean, rstd, weight, *_sizes(x), groups, wanted)
     return in_layout(dx.to(x.dtype), channels_last(x))
@@ -60,12 +59,10 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
     return x.shape[0], x.shape[1], math.prod(x.shape[2:])
 
 
-def _per_group(values: Tensor, x: Tensor) -> Tensor:
-    """[B, groups] -> [B, groups, 1, 1, ...], for x [B, groups, C / groups, ...]."""
-    return values.reshape(*values.shape, *([1] * (x.dim() - 1)))
-
-
-def _affine(xhat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    shape = (-1, *([1] * (xhat.dim() - 2)))
-    scaled = xhat if weight is None else xhat * weight.view(shape)
-    return scaled if bias is None else scaled + bias.view(shape)
+def _affine(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """z again, as torch's kernel computes it: one multiply-add for each number."""
+    mean, rstd = (value.repeat_interleave(x.shape[1] // value.shape[1], dim=1) for value in (mean, rstd))
+    scale = rstd if weight is None else rstd * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    shift, scale = (value.reshape(*value.shape, *([1] * (x.dim() - 2))) for value in (shift, scale))
+    return torch.addcmul(shift, x, scale)

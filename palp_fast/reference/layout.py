@@ -26,4 +26,8 @@ def empty_in_layout_of(x: Tensor) -> Tensor:
 
 def in_layout(value: Tensor, last: bool) -> Tensor:
     """value [B, C, ...] dense, channels-last or contiguous; value itself if it is that already."""
-    return value.movedim(1, -1).contiguous().movedim(-1, 1) if last else value.contiguous()
+    if not last:
+        return value.contiguous()
+    if value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last):
+        return value
+    return value.movedim(1, -1).contiguous().movedim(-1, 1)

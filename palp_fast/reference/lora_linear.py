@@ -28,13 +28,14 @@ def lora_linear_ref(
 ) -> Tensor:
     """y [..., d_out] in the dtype of x, or in the wider of those of x and residual [..., d_out]."""
     compute = compute_dtype([x, lora_a])
-    base = F.linear(_rows(x), weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    base = F.linear(as_rows(x), weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     low = F.linear(x.to(compute), lora_a.to(compute))
-    left, right = _rows(scaled(low, scale, gate)), lora_b.to(compute).T
+    left, right = as_rows(scaled(low, scale, gate)), lora_b.to(compute).T
     if residual is None:
-        out = _add_product(base, left, right)
+        out = add_product(base, left, right)
     else:
-        out = (base + left @ right + _rows(residual)).to(torch.promote_types(x.dtype, residual.dtype))
+        total = (base.to(compute) + as_rows(residual)).addmm_(left, right)
+        out = total.to(torch.promote_types(x.dtype, residual.dtype))
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -52,12 +53,12 @@ def lora_linear_bwd_ref(
     compute = compute_dtype([x, lora_a])
     wide, wide_x = grad.to(compute), x.to(compute)
     d_low = scaled(wide @ lora_b.to(compute), scale, gate)
-    d_a = _rows(d_low).T @ _rows(wide_x)
-    d_b = _rows(wide).T @ _rows(scaled(F.linear(wide_x, lora_a.to(compute)), scale, gate))
+    d_a = as_rows(d_low).T @ as_rows(wide_x)
+    d_b = as_rows(wide).T @ as_rows(scaled(F.linear(wide_x, lora_a.to(compute)), scale, gate))
     d_x = x.new_empty(0)
     if need_x:
-        base = _rows(grad.to(x.dtype)) @ weight.to(x.dtype)
-        d_x = _add_product(base, _rows(d_low), lora_a.to(compute)).view(x.shape)
+        base = as_rows(grad.to(x.dtype)) @ weight.to(x.dtype)
+        d_x = add_product(base, as_rows(d_low), lora_a.to(compute)).view(x.shape)
     return d_x, d_a.to(lora_a.dtype), d_b.to(lora_b.dtype)
 
 
@@ -68,12 +69,13 @@ def scaled(low: Tensor, scale: float, gate: Tensor | None) -> Tensor:
     return low if scale == 1.0 else low * scale
 
 
-def _add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """base + left right in the dtype of base, which may be overwritten."""
-    if base.dtype == left.dtype:
-        return base.addmm_(left, right)
-    return (base + left @ right).to(base.dtype)
+def add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """base + left right in the dtype of base, contiguous; base may be overwritten."""
+    if base.dtype != left.dtype:
+        return base.to(left.dtype, memory_format=torch.contiguous_format).addmm_(left, right).to(base.dtype)
+    return base.addmm_(left, right) if base.is_contiguous() else torch.addmm(base, left, right)
 
 
-def _rows(value: Tensor) -> Tensor:
+def as_rows(value: Tensor) -> Tensor:
+    """[..., d] -> [rows, d]."""
     return value.reshape(-1, value.shape[-1])
