@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from close import assert_as_good, assert_close
+from saved import saved_bytes
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -108,6 +109,21 @@ def test_sdpa_is_another_provider(kv_index):
     mine = with_gradients(PF.attention, values, kv_index=kv_index, provider="sdpa")
     for found, true in zip(mine, with_gradients(plain, values, kv_index=kv_index)):
         assert_close(found, true, 1e-12)
+
+
+@pytest.mark.parametrize("kv_index", [None, SHARED])
+def test_few_keys_on_the_cpu_have_their_backward_pass_in_fp32(monkeypatch, kv_index):
+    """As good as torch's own in bf16; the same tensors are kept."""
+    values = make(torch.bfloat16)
+    true, found, kept = with_gradients(plain, [value.double() for value in values], kv_index=kv_index), [], []
+    for few in (0, 2**16):
+        monkeypatch.setattr(attention_providers, "_FEW_WEIGHTS", few)
+        found.append(with_gradients(PF.attention, values, kv_index=kv_index, provider="sdpa"))
+        q, k, v, _ = (value.detach().requires_grad_() for value in values)
+        kept.append(saved_bytes(lambda: PF.attention(q, k, v, HEADS, kv_index=kv_index, provider="sdpa"), q, k, v))
+    for mine, its, exact in zip(found[1], found[0], true):
+        assert_as_good(mine, its, exact, 1e-3)
+    assert kept[1] == kept[0]
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ _SDPA = {
 PROVIDERS = ("auto", "triton", *_SDPA, "xformers")
 _XFORMERS = importlib.util.find_spec("xformers") is not None
 _WIDEST = 160  # head that ByWidth of palp_fast/kernels/attention_parts.py has settings for
+_FEW_WEIGHTS = 2**16  # queries times keys
 _FEW_KEYS = 128  # MOST_KEYS of palp_fast/kernels/attention_cross.py; both modules need Triton
 
 
@@ -116,9 +117,40 @@ def attend(name: str, q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float,
         return memory_efficient_attention(q, k, v, scale=scale).flatten(-2)
     q, k, v = (value.transpose(1, 2) for value in (q, k, v))
     kernel = _SDPA[name]
-    if kernel is None:
+    if kernel is None and _few_on_cpu(q, k, v):
+        out = FewOnCPU.apply(q, k, v, scale)
+    elif kernel is None:
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
     else:
         with sdpa_kernel(kernel):
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
     return out.transpose(1, 2).flatten(-2)
+
+
+def _few_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    needs_grad = torch.is_grad_enabled() and any(value.requires_grad for value in (q, k, v))
+    few = q.shape[-2] * k.shape[-2] <= _FEW_WEIGHTS
+    return needs_grad and few and q.device.type == "cpu" and q.dtype in (torch.float16, torch.bfloat16)
+
+
+class FewOnCPU(torch.autograd.Function):
+    """apply(q, k, v, scale), [B, heads, N, D] each: torch's attention for the CPU, with its backward pass in fp32.
+
+    That is 3 to 10 times faster there for few queries and keys, and keeps the same tensors in 16 bits.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """[B, heads, N, D]."""
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        q, k, v, out, lse = ctx.saved_tensors
+        wide = (value.float() for value in (grad, q, k, v, out))
+        bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        grads = bwd(*wide, lse, 0.0, False, scale=ctx.scale)
+        return *(value.to(q.dtype) for value in grads), None

@@ -1,7 +1,7 @@
 """frozen_conv2d: torch's convolution, whose gradient to x needs the weight and the shape of x alone.
 
-On the CPU, where torch lays out the whole weight anew in every call, few pixels are one matrix product: patches of x,
-[pixels, h w C], times a channels-last weight as it lies in memory.
+On the CPU, where torch lays out the whole weight anew in every call, few pixels meet a large weight in one matrix
+product: patches of x, [pixels, h w C], times a channels-last weight as it lies in memory.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from palp_fast.backend import repeatable_cudnn
 from palp_fast.reference.layout import channels_last, in_layout
 
 FEW = 256  # pixels of a batch's result: more of them outweigh the layout of the weight
+LARGE = 2**20  # numbers in a weight: a smaller one stays in the cache
 
 
 def frozen_conv2d_ref(
@@ -32,7 +33,7 @@ def frozen_conv2d_ref(
     shift = None if bias is None else bias.to(x.dtype)
     last = channels_last(x) or channels_last(weight)
     size = [convolved(*sides) for sides in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation)]
-    if _as_patches(x, size, dilation, groups):
+    if _as_patches(x, size, weight, dilation, groups):
         rows = _patches(x, weight.shape[2:], stride, padding)
         y = F.linear(rows, _matrix(weight, x.dtype), shift).view(len(x), *size, len(weight)).movedim(-1, 1)
         return in_layout(y, last)
@@ -56,7 +57,7 @@ def frozen_conv2d_bwd_ref(
     aten.convolution_backward would ask for x, to see its layout; given a stand-in, it loses channels-last.
     """
     last = channels_last(grad) or channels_last(weight)
-    if _as_patches(grad, grad.shape[2:], dilation, groups):
+    if _as_patches(grad, grad.shape[2:], weight, dilation, groups):
         rows = in_layout(grad, True).movedim(1, -1).flatten(0, -2) @ _matrix(weight, grad.dtype)
         taps = rows.view(len(grad), *grad.shape[2:], *weight.shape[2:], weight.shape[1])
         return in_layout(_summed(taps, size, stride, padding), last)
@@ -68,10 +69,10 @@ def frozen_conv2d_bwd_ref(
     return in_layout(dx, last)
 
 
-def _as_patches(value: Tensor, size: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
+def _as_patches(value: Tensor, size: Sequence[int], weight: Tensor, dilation: Sequence[int], groups: int) -> bool:
     """size: height and width of the result."""
-    few = value.device.type == "cpu" and len(value) * math.prod(size) <= FEW
-    return few and groups == 1 and tuple(dilation) == (1, 1)
+    few = len(value) * math.prod(size) <= FEW and weight.numel() >= LARGE
+    return few and value.device.type == "cpu" and groups == 1 and tuple(dilation) == (1, 1)
 
 
 def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
