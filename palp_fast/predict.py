@@ -16,6 +16,9 @@ from palp_fast.nn.lean import UnsupportedUNet, lean_unet, lora_layers
 from palp_fast.nn.lora import enable_gradient_checkpointing, inject_lora
 
 
+_DENSE = "'auto', 'fp32', 'bf16', 'fp16'"
+
+
 def adapted(components, cfg, generator: torch.Generator, lean: bool | None) -> LeanPredictions | StockPredictions:
     """Puts LoRA into the model's UNet, by the way that `lean` says.
 
@@ -29,6 +32,15 @@ def adapted(components, cfg, generator: torch.Generator, lean: bool | None) -> L
                 raise
             print(f"training by diffusers' own modules, slower and with more memory: {error}", flush=True)
     return StockPredictions(components, cfg, generator)
+
+
+def check_stock(cfg) -> None:
+    """Raises ConfigError for what diffusers' own modules cannot do."""
+    for name, value, allowed in (
+            ("memory", "balanced", "'fast', 'low'"), ("base_dtype", "int8", _DENSE), ("base_dtype", "nf4", _DENSE)):
+        if getattr(cfg, name) == value:
+            raise ConfigError(f"{name}: {value!r} needs the lean UNet, which this model has not or lean=False rules "
+                              f"out; allowed: {allowed}")
 
 
 class LeanPredictions:
@@ -105,9 +117,7 @@ class StockPredictions:
     """By diffusers' modules, each no-grad prediction a part of one batch. Methods as of LeanPredictions."""
 
     def __init__(self, components, cfg, generator: torch.Generator):
-        if cfg.memory == "balanced":
-            raise ConfigError("memory: 'balanced' needs the lean UNet, which cannot be made of this model's; "
-                              "allowed: 'fast', 'low'")
+        check_stock(cfg)
         self.components = components
         self.layers = inject_lora(
             components.unet, cfg.lora_targets, cfg.rank, cfg.lora_alpha, generator, cfg.backend)

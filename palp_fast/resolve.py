@@ -36,8 +36,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 _METHOD_DEFAULTS: dict[str, dict[str, Any]] = {"nfsd": {"alpha": 7.5, "rescale": False}}
 _WITHOUT_STUDENT_GUIDANCE = ("sds", "nfsd")
 # They decide where files go and how often, not what is learned; the one-subject fields are inside `subjects` by then.
+# memory changes rounding alone, and "auto" depends on what else runs on the card.
 _NOT_IN_FINGERPRINT = ("output_dir", "resume", "sample_every", "checkpoint_every", "preset", "images", "class_noun",
-                       "subject_prompt", "token")  # fmt: skip
+                       "subject_prompt", "token", "memory")  # fmt: skip
 
 
 def resolve(cfg: TrainConfig) -> TrainConfig:
@@ -140,6 +141,11 @@ def _device(device: str) -> str:
         if int(device.partition(":")[2] or 0) >= count:
             raise ConfigError(f"device: {device!r} is not allowed; torch sees {count} CUDA devices here; 'cpu' works")
     return device
+
+
+def compute_dtype(cfg: TrainConfig) -> str:
+    """The dtype that a resolved config computes in: "fp32", "bf16" or "fp16", whatever the weights are stored in."""
+    return _base_dtype("auto" if cfg.base_dtype in ("int8", "nf4") else cfg.base_dtype, cfg.device)
 
 
 def _base_dtype(dtype: str, device: str) -> str:

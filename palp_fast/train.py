@@ -18,6 +18,8 @@ from palp_fast.config import TrainConfig
 from palp_fast.errors import DataError
 from palp_fast.prepare import prepare
 from palp_fast.reference.dtypes import BASE_DTYPES
+from palp_fast.reference.quantised import FORMATS
+from palp_fast.resolve import compute_dtype
 from palp_fast.result import TrainResult, peak_memory_bytes, watch_memory, write_files
 from palp_fast.space import PredictionSpace
 from palp_fast.update import Update
@@ -63,12 +65,18 @@ class Trainer:
         print(plan.describe_prompts(), flush=True)
         cfg = self.config = plan.config
         self._given, self.folder, self.resolution = config, plan.folder, plan.resolution
+        if lean is False:
+            predict.check_stock(cfg)
         watch_memory(cfg.device)
-        dtype = BASE_DTYPES[cfg.base_dtype]
-        parts = self.components = models.load_components(cfg.model, dtype=dtype, device=cfg.device)
+        latents = []
+        parts = self.components = models.load_components(
+            cfg.model, dtype=BASE_DTYPES[compute_dtype(cfg)], device=cfg.device,
+            form=cfg.base_dtype if cfg.base_dtype in FORMATS else None,
+            first=lambda parts: latents.extend(self._latents(parts, photos) for photos in plan.pictures),
+            backend=cfg.backend)
         self.unet = parts.unet
         self.space = PredictionSpace(parts.alphas_cumprod, parts.prediction_type == "v_prediction", cfg.loss_space)
-        self.draws = Draws(cfg, [self._latents(photos) for photos in plan.pictures], parts.alphas_cumprod)
+        self.draws = Draws(cfg, latents, parts.alphas_cumprod)
         generator = torch.Generator().manual_seed(cfg.seed)
         self.predictions = predict.adapted(parts, cfg, generator, lean)
         self.rows = conditioning.add_rows(parts, cfg, generator)
@@ -80,8 +88,8 @@ class Trainer:
         if plan.state is not None:
             self._load_state(plan.state)
 
-    def _latents(self, photos: Tensor) -> Tensor:
-        latents = torch.cat([self.components.to_latents(photo[None]) for photo in photos])
+    def _latents(self, parts: models.Components, photos: Tensor) -> Tensor:
+        latents = torch.cat([parts.to_latents(photo[None]) for photo in photos])
         if not latents.isfinite().all():
             raise DataError(f"model: the autoencoder of {self.config.model!r} gives latents that are not finite")
         return latents
@@ -98,6 +106,8 @@ class Trainer:
             self._fixed["negative"] = encode(prompts["negative"])
         if not self.config.learn_token:
             self._fixed["subject"] = encode(own)
+            for encoder in self.components.text_encoders:  # previews take them back
+                nn.Module.to(encoder, "cpu")
 
     def _subject_conditions(self, subjects: list[int]) -> tuple[Condition, list[int]]:
         """(y_P of each distinct subject, with its graph to the token rows; which of them each sample has)."""

@@ -120,7 +120,7 @@ def test_several_images_and_subjects(trained, required):
         (["--rank", "0"], "rank: 0 is not allowed; allowed: an integer >= 1"),
         (["--rank", "many"], "rank: 'many' is not allowed; allowed: an integer >= 1"),
         (["--alpha", "nan"], "alpha: nan is not allowed"),
-        (["--base-dtype", "int8"], "base_dtype: 'int8' is not available in this version"),
+        (["--backend", "cuda"], "backend: 'cuda' is not available in this version"),
         (["--subjects", "{"], "subjects: ('{',) is not JSON"),
         (["--prompt", "a sketch"], "prompt: no placeholder [V]"),
         (["--images", "nowhere"], "images: "),

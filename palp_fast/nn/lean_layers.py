@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from palp_fast import functional
+from palp_fast.nn.frozen import FrozenWeight, kept
+from palp_fast.quantised import QuantisedWeight
 
 
 def recomputed(function, *args):
@@ -28,15 +30,15 @@ def added(made: Tensor, more: Tensor) -> Tensor:
     return made + more if torch.is_grad_enabled() else made.add_(more)
 
 
-class LeanConv2d(nn.Conv2d):
+class LeanConv2d(FrozenWeight, nn.Conv2d):
     """frozen_conv2d; one of 1 x 1 as a product over channels."""
 
     backend = "auto"
     only = {"padding_mode": ("zeros",)}
 
     def converted(self) -> None:
-        weight = self.weight.detach().contiguous(memory_format=torch.channels_last)
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        if kept(self, "weight") is None:
+            self.hold(self.weight.detach().contiguous(memory_format=torch.channels_last))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel_size == self.stride == (1, 1) and self.padding == (0, 0) and self.groups == 1:
@@ -45,7 +47,7 @@ class LeanConv2d(nn.Conv2d):
         return functional.frozen_conv2d(x, self.weight, self.bias, *options, backend=self.backend)
 
 
-class LeanLinear(nn.Linear):
+class LeanLinear(FrozenWeight, nn.Linear):
     """frozen_linear."""
 
     backend = "auto"
@@ -95,7 +97,9 @@ def _invertible(weight: Tensor, bias: Tensor | None) -> bool:
 
 def pointwise(x: Tensor, layer: nn.Module) -> Tensor:
     """A 1 x 1 convolution or a linear layer on x [..., channels]."""
-    return functional.frozen_linear(x, layer.weight.flatten(1), layer.bias, backend=layer.backend)
+    weight = layer.weight
+    weight = weight.matrix() if isinstance(weight, QuantisedWeight) else weight.flatten(1)
+    return functional.frozen_linear(x, weight, layer.bias, backend=layer.backend)
 
 
 class LeanResnet(ResnetBlock2D):
