@@ -12,7 +12,7 @@ from palp_fast.conditioning import Condition, unet_kwargs
 from palp_fast.errors import ConfigError
 from palp_fast.methods import TEACHER, Pass
 from palp_fast.nn.expand import Rows
-from palp_fast.nn.lean import UnsupportedUNet, lean_unet, lora_layers
+from palp_fast.nn.lean import MEMORY, UnsupportedUNet, lean_unet, lora_layers, set_memory
 from palp_fast.nn.lora import enable_gradient_checkpointing, inject_lora
 
 
@@ -56,8 +56,23 @@ class LeanPredictions:
             components.unet, rank=cfg.rank, lora_alpha=cfg.lora_alpha, memory=cfg.memory, generator=generator,
             lora_targets=cfg.lora_targets, backend=cfg.backend)
         self.layers = lora_layers(components.unet)
-        self.at_once = 1 if cfg.memory == "low" else None
+        self.memory, self.at_once = cfg.memory, 1 if cfg.memory == "low" else None
         self._rows = {}
+
+    @property
+    def steps_down(self) -> bool:
+        """Whether there is a memory mode that needs less."""
+        return self.memory != MEMORY[-1]
+
+    def step_down(self) -> None:
+        """Goes on in the next memory mode."""
+        before, self.memory = self.memory, MEMORY[MEMORY.index(self.memory) + 1]
+        set_memory(self.components.unet, self.memory)
+        if self.memory == "low":
+            self.at_once = 1
+        if self.components.device.type == "cuda":
+            torch.cuda.empty_cache()
+        print(f"out of memory in mode {before!r}: going on in {self.memory!r}", flush=True)
 
     def fix(self, fixed: dict[str, Condition], passes: list[Pass]) -> None:
         """Takes the conditions that never change; the teacher's keys and values of them are made here."""
@@ -115,6 +130,8 @@ class LeanPredictions:
 
 class StockPredictions:
     """By diffusers' modules, each no-grad prediction a part of one batch. Methods as of LeanPredictions."""
+
+    steps_down = False
 
     def __init__(self, components, cfg, generator: torch.Generator):
         check_stock(cfg)

@@ -82,7 +82,7 @@ WRONG = [
     ("base_dtype", ["int4", "float32"]),
     ("cuda_graph", [True, 0, "yes"]),
     ("teacher", ["emoji-64"]),
-    ("preset", ["4gb", "8gb", "papers"]),
+    ("preset", ["5gb", "papers"]),
     ("backend", ["triton", "cuda", "gpu"]),
     ("device", ["tpu", "cuda:x", 0]),
     ("token", ["two words", "[V]", "Owl", "1st", ""]),

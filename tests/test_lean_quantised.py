@@ -1,4 +1,4 @@
-"""Quantised base weights in the lean UNet and in the Trainer: gradients are those of the weights the codes stand for."""
+"""Quantised base weights, in the lean UNet and in the Trainer: gradients are those of the weights they stand for."""
 
 import copy
 
@@ -105,7 +105,8 @@ def gradients(trainer):
     latents, noise, _ = batch()
     scatter(lora_pairs(trainer), trainer.token_rows())
     trainer.gradients(latents, timesteps(), noise)
-    found = {f"{path} {side}": factor.grad for path, pair in lora_pairs(trainer).items() for side, factor in zip("AB", pair)}
+    found = {f"{path} {side}": factor.grad
+             for path, pair in lora_pairs(trainer).items() for side, factor in zip("AB", pair)}
     return found | {f"token {i}": row.grad for i, row in enumerate(trainer.token_rows())}
 
 
@@ -129,7 +130,8 @@ def test_the_trainers_gradients(folders, tmp_path, monkeypatch, kind, form):
     for name in expected:
         assert_close(found[name], expected[name], 1e-4, name)  # guidance multiplies rounding
     for side in ("A", "B", "token"):
-        pair = (torch.cat([grads[name].flatten() for name in grads if side in name.split()]) for grads in (found, expected))
+        names = [name for name in expected if side in name.split()]
+        pair = (torch.cat([grads[name].flatten() for name in names]) for grads in (found, expected))
         assert_close(*pair, TOLERANCE, side)
 
 
@@ -185,3 +187,18 @@ def test_refused_without_the_lean_unet(folders, tmp_path, monkeypatch, form):
     monkeypatch.setattr(models, "load_components", lambda *a, **k: pytest.fail("weights were loaded"))
     with pytest.raises(ConfigError, match=f"base_dtype: '{form}' needs the lean UNet.*allowed: 'auto', 'fp32'"):
         Trainer(tiny.config(folders["sd"], tmp_path / "run", base_dtype=form), lean=False)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_16_bit_parts_with_quantised_weights_draw_and_train(folders, form):
+    """What a card loads: bf16 beside codes; the stock pipeline runs on it, and the lean UNet has gradients."""
+    components = models.load_components(folders["sd"], dtype=torch.bfloat16, device="cpu", form=form)
+    assert components.dtype == torch.bfloat16 and is_quantised(components.unet)
+    pipeline = components.pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    image, = pipeline("a photo of a cat", num_inference_steps=2, height=16, width=16).images
+    assert image.size == (16, 16)
+    twin, layers = lean(components.unet)
+    prompts = torch.randn(1, 16, 16, dtype=torch.bfloat16)
+    twin(torch.randn(1, 4, 8, 8), torch.tensor([300]), prompts).sample.float().square().sum().backward()
+    assert all(layer.lora_a.grad.isfinite().all() and layer.lora_a.grad.any() for layer in layers.values())

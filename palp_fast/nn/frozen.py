@@ -68,7 +68,8 @@ def quantise_layers(
     for path, layer in list(module.named_modules()):
         if fill is not None:
             fill(layer, path)
-        layer._apply(move, recurse=False)
+        if dtype is not None or device is not None:
+            layer._apply(move, recurse=False)
         if type(layer) in classes and path not in skip:
             weight = layer.weight.detach()
             if weight.dim() == 4:
