@@ -144,7 +144,7 @@ def _plan(cfg: TrainConfig) -> str:
         f"UNet passes per step: {cfg.grad_accumulation} x {2 + extra} at batch {cfg.batch_size} "
         f"(1 forward, 1 backward, {extra} without gradient)",
         f"steps: {cfg.steps} of method {cfg.method}, on {cfg.device} in {cfg.base_dtype}",
-        "memory estimate: not available in this version",
+        plan.estimate().describe(),
     ]
     return "\n".join(lines)
 
@@ -239,8 +239,24 @@ def doctor() -> None:
 
 @main.command()
 def presets() -> None:
-    """What each preset sets; fields that are given override it."""
-    from palp_fast.resolve import PRESETS
+    """What each preset sets, which given fields override; of those for cards the estimated peak of memory.
 
-    for name, fields in PRESETS.items():
-        click.echo("\n".join([name, *(f"  {field} = {json.dumps(value)}" for field, value in fields.items())]))
+    Sections can be pasted into a config file.
+    """
+    from palp_fast.memory.estimate import assumed, gib
+    from palp_fast.presets import CARDS, FAMILIES, PAPER, estimate_of, measured
+
+    _section("paper", PAPER)
+    root = _checkout()
+    results = sorted((root / "bench" / "results").glob("end_to_end-*.csv")) if root else []
+    for card, families in CARDS.items():
+        for family, fields in families.items():
+            estimate = estimate_of(card, family)
+            _section(f"{card}, {FAMILIES[family]}", fields)
+            click.echo(f"  # estimated peak {gib(estimate.peak)}, {estimate.worst.name}; peak and seconds per step: "
+                       f"{measured(card, family, results)}")
+    click.echo(f"# {assumed()}")
+
+
+def _section(title: str, fields: dict[str, Any]) -> None:
+    click.echo("\n".join([title, *(f"  {field} = {json.dumps(value)}" for field, value in fields.items())]))

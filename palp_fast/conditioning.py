@@ -163,8 +163,8 @@ def encode_ids(components, ids: list[torch.Tensor]) -> Condition:
     """encode() for prompts that are token ids already, one tensor [P, L] per text encoder."""
     encoders = components.text_encoders
     if components.family == "sd":
-        return Condition(encoders[0](ids[0].to(components.device))[0])
-    outputs = [e(i.to(components.device), output_hidden_states=True) for e, i in zip(encoders, ids)]
+        return Condition(encoders[0](ids[0].to(encoders[0].device))[0])
+    outputs = [e(i.to(e.device), output_hidden_states=True) for e, i in zip(encoders, ids)]
     return Condition(torch.cat([o.hidden_states[-2] for o in outputs], dim=-1), outputs[-1][0])
 
 

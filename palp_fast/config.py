@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from palp_fast import rules
+from palp_fast import presets, rules
 from palp_fast.errors import ConfigError
 from palp_fast.rules import Settings, boolean, choice, integer, number, optional, path, ruled, text
 
@@ -67,10 +67,10 @@ _SUBJECTS = optional(
 )
 _CLEAN = optional(text(), "made from prompt and the class nouns")
 _RESOLUTION = optional(integer(8, multiple=8), "the model's own")
-_DTYPE = choice("auto", "fp32", "bf16", "fp16", later=("int8", "nf4"))
+_DTYPE = choice("auto", "fp32", "bf16", "fp16", "int8", "nf4")
 _DEVICE = text(pattern=r"auto|cpu|cuda(:\d+)?", allowed="'auto', 'cpu', 'cuda' or 'cuda:N'")
 _CUDA_GRAPH = choice("auto", False, later=(True,))
-_PRESET = choice(None, "paper", later=("4gb", "6gb", "8gb", "12gb"))
+_PRESET = choice(None, *presets.NAMES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,8 @@ class TrainConfig(Settings):
     def resolved(self) -> TrainConfig:
         """Every field as it will be used: preset and method defaults applied, one subject folded into `subjects`.
 
-        Reads no model and writes nothing. Idempotent. Raises ConfigError for what only several fields together, the
+        memory stays "auto" on a CUDA device: the model decides, in the Trainer. Reads no model, for a
+        preset of a card its configuration files, and writes nothing. Idempotent. Raises ConfigError for what only several fields together, the
         photo folders or the output folder show to be wrong.
         """
         from palp_fast.resolve import resolve

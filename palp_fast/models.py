@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import os
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -126,12 +128,15 @@ def load_tokenizers(reference: str | os.PathLike) -> list:
 
 @dataclass
 class Components:
-    """The live parts of a text-to-image model; all weights frozen, in eval mode. The VAE is always fp32."""
+    """The live parts of a text-to-image model; all weights frozen, in eval mode. The VAE is always fp32.
+
+    The VAE and the text encoders may wait in the memory of the CPU until they are used (`on_device`).
+    """
 
     tokenizers: list
     text_encoders: list
     vae: torch.nn.Module
-    unet: torch.nn.Module
+    unet: torch.nn.Module | None  # None while it is not loaded yet
     scheduler: object
     family: str
     reference: str
@@ -165,6 +170,18 @@ class Components:
         table = DDPMScheduler.from_config(self.scheduler.config).alphas_cumprod.clamp(min=2**-24)
         return table.to(self.device, torch.float32)
 
+    @contextlib.contextmanager
+    def on_device(self, *modules: torch.nn.Module) -> Iterator[None]:
+        """Within, these modules are where the UNet is; afterwards each is back where it was."""
+        homes = [next(module.parameters()).device for module in modules]
+        try:
+            for module in modules:
+                torch.nn.Module.to(module, self.device)
+            yield
+        finally:
+            for module, home in zip(modules, homes):
+                torch.nn.Module.to(module, home)
+
     @torch.no_grad()
     def to_latents(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w], fp32: the posterior's mean, scaled for the UNet."""
@@ -191,26 +208,44 @@ class Components:
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
-def load_components(reference: str | os.PathLike, *, dtype: torch.dtype, device: str | torch.device) -> Components:
+def load_components(
+    reference: str | os.PathLike, *, dtype: torch.dtype, device: str | torch.device, form: str | None = None,
+    first: Callable[[Components], None] | None = None, backend: str = "auto",
+) -> Components:
     """Loads a model: UNet and text encoders in `dtype`, the VAE in fp32 (SDXL's overflows in fp16).
 
-    The UNet's last convolution stays in fp32 and so its output is fp32: guidance multiplies rounding.
+    The UNet's last convolution stays in fp32 and so its output is fp32: guidance multiplies rounding. form: "int8" or
+    "nf4" for the linear layers and convolutions of UNet and text encoders (loading.placed); backend: of the latter's
+    products. first: called with the components while of these the VAE alone is on the device, unet None; then the VAE
+    goes back to the CPU.
     """
+    from palp_fast import loading
+
     known, source = facts(reference), resolve(reference)
     with _readable(reference):
         from_file = isinstance(source, Path) and source.is_file()
-        parts = _parts_of_file(source, known) if from_file else _parts_of_folder(source, known, dtype)
-    components = Components(family=known.family, reference=os.fspath(reference), zero_empty=known.zero_empty, **parts)
-    for module in (components.vae, components.unet, *components.text_encoders):
-        # Not the module's own .to, which warns of modules kept in fp32 even where there are none.
-        torch.nn.Module.to(module, device, torch.float32 if module is components.vae else dtype)
-        module.eval().requires_grad_(False)
+        parts = _parts_of_file(source, known) if from_file else _parts_of_folder(source, known)
+    unet = parts.pop("unet", None)
+    components = Components(
+        unet=None, family=known.family, reference=os.fspath(reference), zero_empty=known.zero_empty, **parts)
+    loading.placed(components.vae, torch.float32, None, device)
+    if first is not None:
+        first(components)
+        torch.nn.Module.to(components.vae, "cpu")
+    with _readable(reference):
+        for encoder in components.text_encoders:
+            loading.placed(encoder, dtype, form, device, backend=backend)
+        if unet is None:
+            components.unet = loading.unet_of_folder(source, dtype, form, device)
+        else:
+            components.unet = loading.placed(unet, dtype, form, device)
     if dtype != torch.float32:
         _join_precisions(components)
     return components
 
 
-def _parts_of_folder(source, known, dtype):
+def _parts_of_folder(source, known):
+    """All but the UNet."""
     import diffusers
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -221,7 +256,6 @@ def _parts_of_folder(source, known, dtype):
         "text_encoders": [kind.from_pretrained(source, subfolder=name)
                           for name, kind in encoders[:2 if known.family == "sdxl" else 1]],
         "vae": diffusers.AutoencoderKL.from_pretrained(source, subfolder="vae"),
-        "unet": diffusers.UNet2DConditionModel.from_pretrained(source, subfolder="unet", dtype=dtype),
         "scheduler": scheduler.from_pretrained(source, subfolder="scheduler"),
     }
 

@@ -12,8 +12,11 @@ from palp_fast.conditioning import Condition, unet_kwargs
 from palp_fast.errors import ConfigError
 from palp_fast.methods import TEACHER, Pass
 from palp_fast.nn.expand import Rows
-from palp_fast.nn.lean import UnsupportedUNet, lean_unet, lora_layers
+from palp_fast.nn.lean import MEMORY, UnsupportedUNet, lean_unet, lora_layers, set_memory
 from palp_fast.nn.lora import enable_gradient_checkpointing, inject_lora
+
+
+_DENSE = "'auto', 'fp32', 'bf16', 'fp16'"
 
 
 def adapted(components, cfg, generator: torch.Generator, lean: bool | None) -> LeanPredictions | StockPredictions:
@@ -31,6 +34,15 @@ def adapted(components, cfg, generator: torch.Generator, lean: bool | None) -> L
     return StockPredictions(components, cfg, generator)
 
 
+def check_stock(cfg) -> None:
+    """Raises ConfigError for what diffusers' own modules cannot do."""
+    for name, value, allowed in (
+            ("memory", "balanced", "'fast', 'low'"), ("base_dtype", "int8", _DENSE), ("base_dtype", "nf4", _DENSE)):
+        if getattr(cfg, name) == value:
+            raise ConfigError(f"{name}: {value!r} needs the lean UNet, which this model has not or lean=False rules "
+                              f"out; allowed: {allowed}")
+
+
 class LeanPredictions:
     """By the lean UNet. layers: {module path: LoRALinear}.
 
@@ -44,8 +56,23 @@ class LeanPredictions:
             components.unet, rank=cfg.rank, lora_alpha=cfg.lora_alpha, memory=cfg.memory, generator=generator,
             lora_targets=cfg.lora_targets, backend=cfg.backend)
         self.layers = lora_layers(components.unet)
-        self.at_once = 1 if cfg.memory == "low" else None
+        self.memory, self.at_once = cfg.memory, 1 if cfg.memory == "low" else None
         self._rows = {}
+
+    @property
+    def steps_down(self) -> bool:
+        """Whether there is a memory mode that needs less."""
+        return self.memory != MEMORY[-1]
+
+    def step_down(self) -> None:
+        """Goes on in the next memory mode."""
+        before, self.memory = self.memory, MEMORY[MEMORY.index(self.memory) + 1]
+        set_memory(self.components.unet, self.memory)
+        if self.memory == "low":
+            self.at_once = 1
+        if self.components.device.type == "cuda":
+            torch.cuda.empty_cache()
+        print(f"out of memory in mode {before!r}: going on in {self.memory!r}", flush=True)
 
     def fix(self, fixed: dict[str, Condition], passes: list[Pass]) -> None:
         """Takes the conditions that never change; the teacher's keys and values of them are made here."""
@@ -104,10 +131,10 @@ class LeanPredictions:
 class StockPredictions:
     """By diffusers' modules, each no-grad prediction a part of one batch. Methods as of LeanPredictions."""
 
+    steps_down = False
+
     def __init__(self, components, cfg, generator: torch.Generator):
-        if cfg.memory == "balanced":
-            raise ConfigError("memory: 'balanced' needs the lean UNet, which cannot be made of this model's; "
-                              "allowed: 'fast', 'low'")
+        check_stock(cfg)
         self.components = components
         self.layers = inject_lora(
             components.unet, cfg.lora_targets, cfg.rank, cfg.lora_alpha, generator, cfg.backend)

@@ -10,13 +10,15 @@ from palp_fast import backend, models
 from palp_fast.conditioning import add_tokens, check_prompts, prompts_of
 from palp_fast.data import load_image, pixels
 from palp_fast.errors import ConfigError
+from palp_fast.memory import Choice, choose
+from palp_fast.memory.models import configs_of
 from palp_fast.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
 class Plan:
     """A checked run: resolved config, picture side in pixels, pictures[subject] [photos, 3, H, W], prompts with ids,
-    the output folder, and the checkpoint state to go on from, if any."""
+    the output folder, the checkpoint state to go on from, if any, and why a memory mode was chosen, if it was."""
 
     config: object
     resolution: int
@@ -25,6 +27,7 @@ class Plan:
     token_ids: dict[str, list[list[int]]]
     folder: RunFolder
     state: dict | None
+    choice: Choice | None
 
     def describe_prompts(self) -> str:
         """One line per prompt: its name in PALP.md, its text, and its token ids (one list per text encoder)."""
@@ -33,8 +36,16 @@ class Plan:
         return "\n".join(f"{name:<{width}}  {text!r}  {ids[name]}" for name, text in self.prompts.items())
 
 
-def prepare(config) -> Plan:
-    """Checks a TrainConfig and reads its photos and checkpoint. Raises ConfigError or DataError; writes nothing."""
+    def estimate(self) -> Choice:
+        """Memory mode and estimate, also of a mode that was asked for."""
+        return self.choice or _choice(self.config, self.resolution)
+
+
+def prepare(config, *, lean: bool | None = None) -> Plan:
+    """Checks a TrainConfig and reads its photos and checkpoint. Raises ConfigError or DataError; writes nothing.
+
+    lean: as of the Trainer; memory "auto" is "fast" where it is False.
+    """
     cfg = config.resolved()
     facts = models.facts(cfg.model)
     resolution = _resolution(cfg, facts)
@@ -48,7 +59,16 @@ def prepare(config) -> Plan:
     ]
     folder = RunFolder(cfg.output_dir, cfg.fingerprint())
     folder.check_writable()
-    return Plan(cfg, resolution, pictures, prompts_of(cfg), token_ids, folder, folder.earlier_state(cfg.resume))
+    state, choice = folder.earlier_state(cfg.resume), None
+    if cfg.memory == "auto":
+        choice = None if lean is False else _choice(cfg, resolution)
+        cfg = cfg.replace(memory=choice.memory if choice else "fast")
+    return Plan(cfg, resolution, pictures, prompts_of(cfg), token_ids, folder, state, choice)
+
+
+def _choice(cfg, resolution: int) -> Choice:
+    photos = sum(len(subject.images) for subject in cfg.subjects)
+    return choose(configs_of(models.facts(cfg.model)), cfg, resolution, photos)
 
 
 def _resolution(cfg, facts):

@@ -22,8 +22,14 @@ _NOISE_STEP = 2**31
 
 def draw(trainer, folder: Path) -> None:
     """Writes the LoRA and token files, y-<i>.png, <y_P name>-<i>.png and <y_P name>-x0.png to `folder`."""
-    cfg, components = trainer.config, trainer.components
+    components = trainer.components
     write_files(folder, trainer)
+    with components.on_device(components.vae, *components.text_encoders):
+        _pictures(trainer, folder)
+
+
+def _pictures(trainer, folder: Path) -> None:
+    cfg, components = trainer.config, trainer.components
     # The stock pipeline spells out the further words of a token with several vectors by itself.
     words = {subject.placeholder: subject.token for subject in cfg.subjects}
     prompts = {"y": cfg.prompt} | dict(zip(subject_names(cfg), [subject.prompt for subject in cfg.subjects]))

@@ -92,6 +92,10 @@ class QuantisedWeight:
         shape = (min(end, self.shape[0]) - first, *self.shape[1:])
         return self._with(self.codes[first:end], self.scale[first:end], shape)
 
+    def matrix(self) -> QuantisedWeight:
+        """[d_out, width], a view: of a matrix itself, of a 1 x 1 convolution the product over channels."""
+        return QuantisedWeight(self.codes, self.scale, (self.shape[0], self.width), self.dtype)
+
     def _with(self, codes: Tensor, scale: Tensor, shape: tuple[int, ...]) -> QuantisedWeight:
         return QuantisedWeight(codes, scale, shape, self.dtype, self.channels_last)
 

@@ -10,49 +10,34 @@ import re
 from pathlib import Path
 from typing import Any
 
-from palp_fast import prompts
+from palp_fast import presets, prompts
 from palp_fast.config import SUBJECT_PROMPT, Subject, TrainConfig
 from palp_fast.data import image_digest, image_sources
 from palp_fast.errors import ConfigError
 
-# Batch x accumulation is 32 in the paper; a given batch_size or grad_accumulation sets the other one.
-_PAPER_BATCH = 32
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "alpha": 15.0,
-        "beta": 7.5,
-        "residual_weight": 1.0,
-        "rank": 32,
-        "steps": 500,
-        "batch_size": 1,
-        "grad_accumulation": _PAPER_BATCH,
-        "lr": 5e-5,
-        "token_lr": 5e-5,
-        "timesteps": "uniform",
-        "optimizer": "adamw",
-    }
-}
 # What a method needs differently; sds and nfsd have no student guidance, so their beta is 1.
 _METHOD_DEFAULTS: dict[str, dict[str, Any]] = {"nfsd": {"alpha": 7.5, "rescale": False}}
 _WITHOUT_STUDENT_GUIDANCE = ("sds", "nfsd")
 # They decide where files go and how often, not what is learned; the one-subject fields are inside `subjects` by then.
+# memory changes rounding alone, and "auto" depends on what else runs on the card.
 _NOT_IN_FINGERPRINT = ("output_dir", "resume", "sample_every", "checkpoint_every", "preset", "images", "class_noun",
-                       "subject_prompt", "token")  # fmt: skip
+                       "subject_prompt", "token", "memory")  # fmt: skip
 
 
 def resolve(cfg: TrainConfig) -> TrainConfig:
     """See TrainConfig.resolved."""
     values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
-    values |= {**_preset(cfg), **_METHOD_DEFAULTS.get(cfg.method, {}), **cfg.given}
+    values |= {**presets.fields_of(cfg), **_METHOD_DEFAULTS.get(cfg.method, {}), **cfg.given}
     if cfg.method in _WITHOUT_STUDENT_GUIDANCE:
         values["beta"] = 1.0
     values["subjects"] = _with_tokens(_folded(cfg), cfg.token_vectors)
     values |= {"images": None, "class_noun": None, "token": None, "subject_prompt": SUBJECT_PROMPT}
     values["lora_alpha"] = values["lora_alpha"] or float(values["rank"])
-    values["memory"] = "fast" if cfg.memory == "auto" else cfg.memory
     values["cuda_graph"] = False
     values["device"] = _device(cfg.device)
-    values["base_dtype"] = _base_dtype(cfg.base_dtype, values["device"])
+    if values["memory"] == "auto" and values["device"] == "cpu":
+        values["memory"] = "fast"
+    values["base_dtype"] = _base_dtype(values["base_dtype"], values["device"])
     if cfg.lora_targets == "none" and not cfg.learn_token:
         raise ConfigError("lora_targets: 'none' with learn_token False trains nothing; allowed: one of the two")
     prompts.check(TrainConfig(**values))
@@ -60,15 +45,6 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
         values["clean_prompt"] = prompts.clean_prompt(cfg.prompt, values["subjects"])
     check_output_dir(cfg.output_dir)
     return TrainConfig(**values)
-
-
-def _preset(cfg: TrainConfig) -> dict[str, Any]:
-    preset = dict(PRESETS.get(cfg.preset, {}))
-    if cfg.preset == "paper":
-        for one, other in (("batch_size", "grad_accumulation"), ("grad_accumulation", "batch_size")):
-            if one in cfg.given:
-                preset[other] = max(1, _PAPER_BATCH // cfg.given[one])
-    return preset
 
 
 def _folded(cfg: TrainConfig) -> tuple[Subject, ...]:
@@ -142,6 +118,11 @@ def _device(device: str) -> str:
     return device
 
 
+def compute_dtype(cfg: TrainConfig) -> str:
+    """The dtype that a resolved config computes in: "fp32", "bf16" or "fp16", whatever the weights are stored in."""
+    return _base_dtype("auto" if cfg.base_dtype in ("int8", "nf4") else cfg.base_dtype, cfg.device)
+
+
 def _base_dtype(dtype: str, device: str) -> str:
     """fp32 on CPU; on CUDA bf16 where the card computes in it, otherwise fp16."""
     import torch
@@ -150,6 +131,8 @@ def _base_dtype(dtype: str, device: str) -> str:
         return dtype
     if device == "cpu":
         return "fp32"
+    if not torch.cuda.is_available():
+        return "fp16"  # a card that is not here, whose memory is estimated
     return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
 
 

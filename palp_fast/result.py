@@ -67,6 +67,15 @@ def write_files(folder: Path, trainer) -> tuple[Path | None, Path | None, dict[s
     return lora, kohya, embedding
 
 
+def cap_memory(device: str) -> None:
+    """Holds this process to what its CUDA device has free: beyond it comes an error, not a spill to system memory."""
+    if device != "cpu":
+        free, total = torch.cuda.mem_get_info(device)
+        index = torch.device(device).index
+        index = torch.cuda.current_device() if index is None else index
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (free + torch.cuda.memory_reserved(index)) / total), index)
+
+
 def watch_memory(device: str) -> None:
     """Starts peak_memory_bytes anew where that can be done (CUDA)."""
     if device != "cpu":

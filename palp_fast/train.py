@@ -18,7 +18,9 @@ from palp_fast.config import TrainConfig
 from palp_fast.errors import DataError
 from palp_fast.prepare import prepare
 from palp_fast.reference.dtypes import BASE_DTYPES
-from palp_fast.result import TrainResult, peak_memory_bytes, watch_memory, write_files
+from palp_fast.reference.quantised import FORMATS
+from palp_fast.resolve import compute_dtype
+from palp_fast.result import TrainResult, cap_memory, peak_memory_bytes, watch_memory, write_files
 from palp_fast.space import PredictionSpace
 from palp_fast.update import Update
 
@@ -59,16 +61,25 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, *, lean: bool | None = None):
-        plan = prepare(config)
+        plan = prepare(config, lean=lean)
         print(plan.describe_prompts(), flush=True)
+        if plan.choice is not None:
+            print(plan.choice.describe(), flush=True)
         cfg = self.config = plan.config
         self._given, self.folder, self.resolution = config, plan.folder, plan.resolution
+        if lean is False:
+            predict.check_stock(cfg)
         watch_memory(cfg.device)
-        dtype = BASE_DTYPES[cfg.base_dtype]
-        parts = self.components = models.load_components(cfg.model, dtype=dtype, device=cfg.device)
+        cap_memory(cfg.device)
+        latents = []
+        parts = self.components = models.load_components(
+            cfg.model, dtype=BASE_DTYPES[compute_dtype(cfg)], device=cfg.device,
+            form=cfg.base_dtype if cfg.base_dtype in FORMATS else None,
+            first=lambda parts: latents.extend(self._latents(parts, photos) for photos in plan.pictures),
+            backend=cfg.backend)
         self.unet = parts.unet
         self.space = PredictionSpace(parts.alphas_cumprod, parts.prediction_type == "v_prediction", cfg.loss_space)
-        self.draws = Draws(cfg, [self._latents(photos) for photos in plan.pictures], parts.alphas_cumprod)
+        self.draws = Draws(cfg, latents, parts.alphas_cumprod)
         generator = torch.Generator().manual_seed(cfg.seed)
         self.predictions = predict.adapted(parts, cfg, generator, lean)
         self.rows = conditioning.add_rows(parts, cfg, generator)
@@ -80,8 +91,8 @@ class Trainer:
         if plan.state is not None:
             self._load_state(plan.state)
 
-    def _latents(self, photos: Tensor) -> Tensor:
-        latents = torch.cat([self.components.to_latents(photo[None]) for photo in photos])
+    def _latents(self, parts: models.Components, photos: Tensor) -> Tensor:
+        latents = torch.cat([parts.to_latents(photo[None]) for photo in photos])
         if not latents.isfinite().all():
             raise DataError(f"model: the autoencoder of {self.config.model!r} gives latents that are not finite")
         return latents
@@ -98,6 +109,8 @@ class Trainer:
             self._fixed["negative"] = encode(prompts["negative"])
         if not self.config.learn_token:
             self._fixed["subject"] = encode(own)
+            for encoder in self.components.text_encoders:  # previews take them back
+                nn.Module.to(encoder, "cpu")
 
     def _subject_conditions(self, subjects: list[int]) -> tuple[Condition, list[int]]:
         """(y_P of each distinct subject, with its graph to the token rows; which of them each sample has)."""
@@ -148,7 +161,35 @@ class Trainer:
 
     def _train_step(self) -> dict:
         """One optimizer step over grad_accumulation batches; step 5 of PALP.md -> metrics."""
-        cfg, update, started = self.config, self.update, time.perf_counter()
+        update, started = self.update, time.perf_counter()
+        loss, stats, t = self._accumulated()
+        lr, metrics = update.lr, self._metrics(loss, stats, t, update.clip())
+        update.check(self.step + 1, metrics)
+        update.step()
+        self.draws.sampler.update(t, product(stats[:, 2], self.space.loss_weight(t)))
+        self.step += 1
+        seconds = time.perf_counter() - started
+        self._seconds += seconds
+        return {"step": self.step, **metrics, "lr": lr, "seconds": seconds}
+
+    def _accumulated(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Fills the gradients of one optimizer step -> its loss, stats and timesteps.
+
+        With memory "auto", a device that runs out of memory makes the run go on in the next mode; the draws are those
+        of the step, so the step is the same.
+        """
+        while True:
+            try:
+                return self._accumulate()
+            except torch.OutOfMemoryError:
+                if self._given.memory != "auto" or not self.predictions.steps_down:
+                    raise
+            # Outside of the handler, whose traceback holds the tensors of the step that failed.
+            self.update.zero()
+            self.predictions.step_down()
+
+    def _accumulate(self) -> tuple[Tensor, Tensor, Tensor]:
+        cfg, update = self.config, self.update
         update.zero()
         t, stats, loss = [], [], 0.0
         for i in range(cfg.grad_accumulation):
@@ -159,15 +200,7 @@ class Trainer:
             loss = loss + batch_loss.detach() / cfg.grad_accumulation
             stats.append(batch_stats)
             t.append(batch.t)
-        t, stats = torch.cat(t), torch.cat(stats)
-        lr, metrics = update.lr, self._metrics(loss, stats, t, update.clip())
-        update.check(self.step + 1, metrics)
-        update.step()
-        self.draws.sampler.update(t, product(stats[:, 2], self.space.loss_weight(t)))
-        self.step += 1
-        seconds = time.perf_counter() - started
-        self._seconds += seconds
-        return {"step": self.step, **metrics, "lr": lr, "seconds": seconds}
+        return loss, torch.cat(stats), torch.cat(t)
 
     def _metrics(self, loss: Tensor, stats: Tensor, t: Tensor, grad_norm: Tensor) -> dict[str, float]:
         """Means over the samples; token_norm over all rows. The one place where a step waits for the device."""

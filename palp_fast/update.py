@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from palp_fast import optim
 from palp_fast.errors import TrainingDiverged
+from palp_fast.resolve import compute_dtype
 
 _FP32_STATE = {"min_8bit_size": 2**62}
 
@@ -31,7 +32,7 @@ class Update:
         self.optimizer = kind(groups)
         self.schedule = get_scheduler(
             cfg.lr_schedule, self.optimizer, num_warmup_steps=0, num_training_steps=cfg.steps)
-        self.scaler = torch.amp.GradScaler(torch.device(cfg.device).type, enabled=cfg.base_dtype == "fp16")
+        self.scaler = torch.amp.GradScaler(torch.device(cfg.device).type, enabled=compute_dtype(cfg) == "fp16")
 
     def _row_options(self):
         return {} if self.cfg.optimizer == "adamw" else _FP32_STATE

@@ -120,7 +120,7 @@ def test_several_images_and_subjects(trained, required):
         (["--rank", "0"], "rank: 0 is not allowed; allowed: an integer >= 1"),
         (["--rank", "many"], "rank: 'many' is not allowed; allowed: an integer >= 1"),
         (["--alpha", "nan"], "alpha: nan is not allowed"),
-        (["--base-dtype", "int8"], "base_dtype: 'int8' is not available in this version"),
+        (["--backend", "cuda"], "backend: 'cuda' is not available in this version"),
         (["--subjects", "{"], "subjects: ('{',) is not JSON"),
         (["--prompt", "a sketch"], "prompt: no placeholder [V]"),
         (["--images", "nowhere"], "images: "),
@@ -176,7 +176,8 @@ def test_dry_run_shows_prompts_tokens_and_passes(model, required, tmp_path, opti
     clean = next(line for line in lines if line.startswith("y_c"))
     assert str(tokenizer("a sketch of an owl").input_ids) in clean
     assert f"UNet passes per step: {passes}" in lines
-    assert "memory estimate: not available in this version" in lines
+    assert any(line.startswith("memory estimate (fast): ") for line in lines)
+    assert "  memory = 'fast': on a CPU always" in lines or "  memory = 'fast': as asked for" in lines
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -237,13 +238,26 @@ def test_doctor_names_versions_devices_and_every_operator_with_its_reason():
 
 
 def test_presets_can_be_pasted_into_a_config_file(required, tmp_path, trained):
-    name, *lines = run("presets").stdout.splitlines()
-    assert name == "paper"
-    (tmp_path / "c.toml").write_text("\n".join(line.strip() for line in lines))
-    run("train", "--config", tmp_path / "c.toml", *required)
-    run("train", "--preset", "paper", *required)
-    by_file, by_preset = (cfg.resolved() for cfg in trained)
-    assert by_file.replace(preset="paper") == by_preset
+    sections, found = {}, run("presets")
+    assert found.exit_code == 0, found.output
+    for line in found.stdout.splitlines():
+        if line.startswith("  "):
+            sections[name].append(line.strip())
+        else:
+            sections[name := line] = []
+    cards = ["4gb", "6gb", "8gb", "12gb"]
+    assert [name for name in sections if not name.startswith("#")] == [
+        "paper", *(f"{card}, {family}" for card in cards for family in ("SD1.x", "SDXL"))]
+    for name in ("paper", "4gb, SD1.x", "12gb, SD1.x"):
+        trained.clear()
+        preset = name.partition(",")[0]
+        (tmp_path / "c.toml").write_text("\n".join(sections[name]))
+        run("train", "--config", tmp_path / "c.toml", *required)
+        run("train", "--preset", preset, *required)
+        by_file, by_preset = (cfg.resolved() for cfg in trained)
+        assert by_file.replace(preset=preset) == by_preset
+    estimates = [line for lines in sections.values() for line in lines if line.startswith("# estimated peak")]
+    assert len(estimates) == 8 and all(line.endswith("not measured") for line in estimates)
 
 
 def test_module_is_the_same_program():

@@ -70,7 +70,9 @@ def test_every_method_trains_and_writes_its_files(models, tmp_path, kind, method
     {"timesteps": "uniform"}, {"timesteps": "adaptive"}, {"lora_targets": "cross_kv"}, {"lora_targets": "none"},
     {"learn_token": False}, {"token_vectors": 2}, {"token_norm": "initial"}, {"optimizer": "adamw"},
     {"optimizer": "lion8bit"}, {"lr_schedule": "cosine"}, {"grad_accumulation": 2}, {"memory": "low"},
-    {"memory": "balanced"}, {"base_dtype": "bf16"}, {"base_dtype": "fp16"}, {"loss_space": "eps"}, {"preset": "paper", "batch_size": 16},
+    {"memory": "balanced"}, {"base_dtype": "bf16"}, {"base_dtype": "fp16"}, {"base_dtype": "int8"},
+    {"base_dtype": "nf4", "sample_every": 1, "learn_token": False}, {"loss_space": "eps"},
+    {"preset": "paper", "batch_size": 16},
     two_subjects(), {**two_subjects(), "subject_sampling": "subject"},
 ], ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items() if k in ("alpha", "beta") or len(str(v)) < 12))
 def test_options_run(models, tmp_path, options):

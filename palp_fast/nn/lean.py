@@ -22,8 +22,10 @@ from torch import nn
 
 from palp_fast import checks
 from palp_fast.nn import lean_attention, lean_layers, lean_model
+from palp_fast.nn.frozen import quantise_layers
 from palp_fast.nn.lora import LoRALinear, adapt
 from palp_fast.reference.dtypes import BASE_DTYPES
+from palp_fast.reference.quantised import FORMATS
 
 TABLE = {
     UNet2DConditionModel: lean_model.LeanUNet,
@@ -47,6 +49,10 @@ TABLE = {
 }
 # They stay as they are: called by those above, or holding what those read.
 KEPT = (Timesteps, TimestepEmbedding, GEGLU, nn.SiLU, nn.Dropout, nn.ModuleList)
+# Layers whose weights may be quantised, before the UNet is converted as well; the first and the last convolution,
+# a thousandth of the weights, stay as they are.
+QUANTISED = {nn.Linear: lean_layers.LeanLinear, nn.Conv2d: lean_layers.LeanConv2d}
+NOT_QUANTISED = ("conv_in", "conv_out")
 
 _NONE, _NO = (None,), (None, False)
 CONFIG = {
@@ -78,7 +84,8 @@ def lean_unet(
 
     rank: of the LoRA, whose strength is lora_alpha / rank (None: 1). memory: "fast" keeps for the backward pass what
     each operator needs; "balanced" makes q, k, v and the first product of feed-forward layers again; "low" recomputes
-    whole blocks. base_dtype: "fp32", "bf16", "fp16" or a torch.dtype for the frozen weights, None: as they are.
+    whole blocks. base_dtype: "fp32", "bf16", "fp16" or a torch.dtype for the frozen weights; "int8" or "nf4": linear
+    layers and convolutions but the first and last are quantised, the rest stays; None: all stay as they are.
     lora_targets: "attention", "cross_kv" (keys and values of cross-attention) or "none". generator: a CPU generator for
     A. backend: of every operator. Raises UnsupportedUNet, a ValueError that names what cannot be converted, before
     anything is changed, TypeError or ValueError for other arguments.
@@ -90,11 +97,14 @@ def lean_unet(
         checks.positive("lora_alpha", lora_alpha)
     _one_of("memory", memory, MEMORY)
     _one_of("lora_targets", lora_targets, ("attention", "cross_kv", "none"))
-    dtype = _dtype(base_dtype)
+    form = base_dtype if base_dtype in FORMATS else None
+    dtype = None if form else _dtype(base_dtype)
     check(unet)
     unet.requires_grad_(False)
     if dtype is not None:
         nn.Module.to(unet, dtype)  # not the UNet's own, which warns of modules kept in fp32 where there are none
+    if form is not None:
+        quantise_layers(unet, form, QUANTISED, skip=NOT_QUANTISED)
     adapt(unet, lora_targets, rank, lora_alpha, generator, backend)
     for module in reversed(list(unet.modules())):  # children first
         _convert(module, backend)
@@ -137,7 +147,7 @@ def check(unet: UNet2DConditionModel) -> None:
 
 
 def _obstacle(module: nn.Module) -> str | None:
-    if type(module) in KEPT:
+    if type(module) in (*KEPT, *QUANTISED.values()):
         return None
     lean = TABLE.get(type(module))
     if lean is None:
@@ -149,9 +159,9 @@ def _obstacle(module: nn.Module) -> str | None:
 
 
 def _convert(module: nn.Module, backend: str) -> None:
-    if type(module) not in TABLE:
+    if type(module) not in (*TABLE, *QUANTISED.values()):
         return
-    module.__class__ = TABLE[type(module)]
+    module.__class__ = TABLE.get(type(module), type(module))
     if hasattr(module, "backend"):
         module.backend = backend
     if hasattr(module, "converted"):
@@ -164,10 +174,7 @@ def _one_of(name: str, value: object, allowed: tuple) -> None:
 
 
 def _dtype(base_dtype) -> torch.dtype | None:
-    if base_dtype in ("int8", "nf4"):
-        raise ValueError(f"base_dtype={base_dtype!r}: quantised weights are not available in this version; "
-                         "allowed: 'fp32', 'bf16', 'fp16', a torch.dtype or None")
     if base_dtype is None or (isinstance(base_dtype, torch.dtype) and base_dtype.is_floating_point):
         return base_dtype
-    _one_of("base_dtype", base_dtype, tuple(BASE_DTYPES))
+    _one_of("base_dtype", base_dtype, (*BASE_DTYPES, *FORMATS))
     return BASE_DTYPES[base_dtype]

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from palp_fast import functional
 from palp_fast.functional.weights import AttentionWeights, Projections
+from palp_fast.nn.frozen import keep, kept
 from palp_fast.nn.lean_layers import added, pointwise, product, recomputed
 from palp_fast.nn.lora import LoRALinear
+from palp_fast.quantised import QuantisedWeight, Weight
 
 
 class LeanAttention(Attention):
@@ -42,14 +44,27 @@ class LeanAttention(Attention):
 
     def converted(self) -> None:
         self.packed_names = ("to_k", "to_v") if self.is_cross_attention else ("to_q", "to_k", "to_v")
-        packed = torch.cat([getattr(self, name).weight.detach() for name in self.packed_names])
-        self.register_buffer("packed", packed, persistent=False)
+        weights = [getattr(self, name).weight for name in self.packed_names]
+        if isinstance(weights[0], QuantisedWeight):
+            keep(self, "packed", QuantisedWeight.cat(weights), persistent=False)
+        else:
+            self.register_buffer("packed_weight", torch.cat(weights), persistent=False)
         self._share()
+
+    @property
+    def packed(self) -> Weight:
+        """The weights of `packed_names`, one below the other."""
+        found = kept(self, "packed")
+        return self._buffers["packed_weight"] if found is None else found
 
     def _share(self) -> None:
         """The single weights are views of the packed one, again after a move or a copy."""
-        for name, part in zip(self.packed_names, self.packed.chunk(len(self.packed_names))):
-            getattr(self, name).weight = nn.Parameter(part, requires_grad=False)
+        packed, count = self.packed, len(self.packed_names)
+        rows = packed.shape[0] // count
+        for i, name in enumerate(self.packed_names):
+            first, end = i * rows, (i + 1) * rows
+            part = packed.rows(first, end) if isinstance(packed, QuantisedWeight) else packed[first:end]
+            getattr(self, name).hold(part)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

@@ -15,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from palp_fast import autocast, functional
 from palp_fast.functional import inexact
+from palp_fast.nn.frozen import FrozenWeight, kept
 from palp_fast.ops.registry import overload
+from palp_fast.quantised import QuantisedWeight, Weight
 
 
 def recomputed(function, *args):
@@ -30,15 +32,15 @@ def added(made: Tensor, more: Tensor) -> Tensor:
     return made + more if torch.is_grad_enabled() else made.add_(more)
 
 
-class LeanConv2d(nn.Conv2d):
+class LeanConv2d(FrozenWeight, nn.Conv2d):
     """frozen_conv2d; one of 1 x 1 as a product over channels."""
 
     backend = "auto"
     only = {"padding_mode": ("zeros",)}
 
     def converted(self) -> None:
-        weight = self.weight.detach().contiguous(memory_format=torch.channels_last)
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        if kept(self, "weight") is None:
+            self.hold(self.weight.detach().contiguous(memory_format=torch.channels_last))
 
     def forward(self, x: Tensor, channels: slice | None = None) -> Tensor:
         """channels: those of the input that x holds, None: all; the bias belongs to the first ones."""
@@ -46,12 +48,12 @@ class LeanConv2d(nn.Conv2d):
         if channels is not None:
             weight, bias = weight[:, channels], None if channels.start else bias
         if self.kernel_size == self.stride == (1, 1) and self.padding == (0, 0) and self.groups == 1:
-            return product(x.movedim(1, -1), weight.flatten(1), bias, self.backend).movedim(-1, 1)
+            return product(x.movedim(1, -1), _matrix(weight), bias, self.backend).movedim(-1, 1)
         options = self.stride, self.padding, self.dilation, self.groups
         return functional.frozen_conv2d(x, weight, bias, *options, backend=self.backend)
 
 
-class LeanLinear(nn.Linear):
+class LeanLinear(FrozenWeight, nn.Linear):
     """frozen_linear."""
 
     backend = "auto"
@@ -104,13 +106,19 @@ def _invertible(weight: Tensor, bias: Tensor | None) -> bool:
 
 def pointwise(x: Tensor, layer: nn.Module) -> Tensor:
     """A 1 x 1 convolution or a linear layer on x [..., channels]."""
-    return product(x, layer.weight.flatten(1), layer.bias, layer.backend)
+    return product(x, _matrix(layer.weight), layer.bias, layer.backend)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+def product(x: Tensor, weight: Weight, bias: Tensor | None, backend: str) -> Tensor:
     """frozen_linear; on the CPU torch's own where it does the same: it costs less to call and keeps no input either."""
-    own = x.device.type == "cpu" and backend == "auto" and x.dtype == weight.dtype and not inexact.asked(x, weight)
+    plain = x.device.type == "cpu" and backend == "auto" and not isinstance(weight, QuantisedWeight)
+    own = plain and x.dtype == weight.dtype and not inexact.asked(x, weight)
     return F.linear(x, weight, bias) if own else functional.frozen_linear(x, weight, bias, backend=backend)
+
+
+def _matrix(weight: Weight) -> Weight:
+    """[d_out, d_in] of a linear layer or of a 1 x 1 convolution."""
+    return weight.matrix() if isinstance(weight, QuantisedWeight) else weight.flatten(1)
 
 
 class LeanResnet(ResnetBlock2D):
@@ -138,7 +146,8 @@ class LeanResnet(ResnetBlock2D):
         """Whether channels of the skip by themselves save products: of fewer rows, or without a gradient."""
         alone = len(skip) < len(x) or (torch.is_grad_enabled() and x.requires_grad and not skip.requires_grad)
         whole_groups = x.shape[1] * self.norm1.num_groups % (x.shape[1] + skip.shape[1]) == 0
-        return alone and whole_groups and self.conv_shortcut is not None
+        divisible = not isinstance(self.conv1.weight, QuantisedWeight)
+        return alone and whole_groups and divisible and self.conv_shortcut is not None
 
     def _of_parts(self, parts: list[Tensor], call, layer) -> Tensor:
         """layer(channels together), linear between its channels, as the sum of those of each part."""
@@ -196,7 +205,7 @@ class LeanUpsampleConv2d(LeanConv2d):
     def keep_sums(self, keep: bool) -> None:
         """Makes `sums`, 16 / 9 of the weight's memory, or drops them."""
         ones = self.stride == self.padding == self.dilation == (1, 1)
-        fits = self.kernel_size == (3, 3) and ones and self.groups == 1
+        fits = self.kernel_size == (3, 3) and ones and self.groups == 1 and kept(self, "weight") is None
         self.register_buffer("sums", _tap_sums(self.weight) if keep and fits else None, persistent=False)
 
     def doubled(self, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from palp_fast import functional
+from palp_fast.nn.frozen import FrozenWeight
 
 _PROJECTIONS = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
@@ -28,18 +29,19 @@ class LoRAScale:
         self.value = 1.0
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(FrozenWeight, nn.Linear):
     """A frozen nn.Linear with a trainable low-rank term in fp32.
 
     forward: x [..., d_in] -> [..., d_out] = x W^T + bias + lora_scale (lora_alpha / rank) (x A^T) B^T.
-    The weight and bias are those of `base`, not copies, under the same names. lora_a [rank, d_in] starts as peft's
+    The weight, quantised or not, and bias are those of `base`, not copies, under the same names. lora_a [rank, d_in] starts as peft's
     (uniform within 1 / sqrt(d_in), from `generator`), lora_b [d_out, rank] as zero.
     """
 
     def __init__(self, base, rank, lora_alpha=None, *, scale=None, generator=None, backend="auto"):
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
+        self.bias = base.bias
+        self.hold(base.weight)
         self.rank, self.lora_alpha = rank, float(rank if lora_alpha is None else lora_alpha)
         self.scale = LoRAScale() if scale is None else scale
         self.backend = backend

@@ -1,0 +1,50 @@
+"""memory="auto": the fastest mode whose estimate fits what is free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from palp_fast.memory.estimate import ASSUMED, Estimate, assumed, estimates, gib
+from palp_fast.memory.models import Configs
+from palp_fast.nn.lean import MEMORY, UnsupportedUNet
+
+MARGIN = 1.1  # what estimates are right within
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A memory mode, why, and its estimate (None where the model has no lean UNet)."""
+
+    memory: str
+    reason: str
+    estimate: Estimate | None
+
+    def describe(self) -> str:
+        """Lines for people."""
+        shown = [self.estimate.describe()] if self.estimate else ["memory estimate: only of the lean UNet"]
+        return "\n".join([*shown, f"  memory = {self.memory!r}: {self.reason}"])
+
+
+def choose(configs: Configs, cfg, resolution: int, photos: int) -> Choice:
+    """The mode of a resolved config: its own, or for "auto" the fastest that fits what its device has free."""
+    asked = cfg.memory != "auto"
+    try:
+        found = estimates(configs, cfg, resolution, photos, [cfg.memory] if asked else MEMORY)
+    except UnsupportedUNet as error:
+        return Choice(cfg.memory if asked else "fast", str(error), None)
+    if cfg.device == "cpu":
+        return Choice(found[0].memory, "as asked for" if asked else "on a CPU always", found[0])
+    free = torch.cuda.mem_get_info(cfg.device)[0]
+    return fitting(found, free, asked)
+
+
+def fitting(found: list[Estimate], free: int, asked: bool) -> Choice:
+    """The first of the estimates that fits `free` bytes of a card, or the last one."""
+    need = [MARGIN * one.peak + ASSUMED["libraries' workspaces"] for one in found]
+    index = next((i for i, size in enumerate(need) if size <= free), len(found) - 1)
+    told = ", ".join(f"{one.memory} needs {gib(size)}" for one, size in zip(found[: index + 1], need))
+    fits = "fits" if need[index] <= free else "does not fit: lower base_dtype, batch_size, rank or resolution"
+    reason = f"{'as asked for; ' if asked else ''}{gib(free)} free, {told} with a tenth more: {fits}\n  {assumed()}"
+    return Choice(found[index].memory, reason, found[index])

@@ -1,0 +1,170 @@
+"""Peak memory of a training run, before weights are loaded: the most of its phases, each a sum of named parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from palp_fast import methods
+from palp_fast.memory import parts as inside
+from palp_fast.memory.models import Configs, Parts, nbytes, parts_of
+from palp_fast.memory.step import Sizes, fixed_prompts, step
+from palp_fast.memory.tape import Ledger, Tape
+from palp_fast.memory.unet import Pass
+from palp_fast.nn.lean import MEMORY, lora_layers, set_memory
+from palp_fast.nn.lean_attention import LeanAttention
+from palp_fast.quantised import QuantisedWeight
+from palp_fast.reference.dtypes import BASE_DTYPES
+from palp_fast.resolve import compute_dtype
+
+GIB = 2**30
+# Beside tensors, and not measured by this project: what CUDA keeps for a process, what cuBLAS and cuDNN take to work.
+ASSUMED = {"CUDA context": GIB // 2, "libraries' workspaces": GIB // 16}
+_STATE = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256, "lion8bit": 1 + 4 / 256}  # bytes of optimizer state per number
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the run: {what: bytes} at the moment when most is alive."""
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one config in one memory mode: its phases in their order."""
+
+    memory: str
+    phases: tuple[Phase, ...]
+
+    @property
+    def worst(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def peak(self) -> int:
+        """Bytes of tensors; what ASSUMED names comes beside it on a CUDA device."""
+        return self.worst.total
+
+    def describe(self) -> str:
+        """Lines for people."""
+        worst = self.worst
+        lines = [f"memory estimate ({self.memory}): {gib(self.peak)} at the peak, {worst.name}"]
+        lines += [f"  {size / 2**20:8.0f} MiB  {name}" for name, size in worst.parts.items() if size]
+        others = ", ".join(f"{phase.name} {gib(phase.total)}" for phase in self.phases if phase is not worst)
+        return "\n".join([*lines, f"  other phases: {others}"])
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"
+
+
+def assumed() -> str:
+    """The line beside every estimate for a card."""
+    return "beside it, assumed and not measured: " + ", ".join(f"{name} {gib(size)}" for name, size in ASSUMED.items())
+
+
+def estimates(configs: Configs, cfg, resolution: int, photos: int, modes: Iterable[str] = MEMORY) -> list[Estimate]:
+    """One for each memory mode of a resolved config; photos: how many are cached. Raises UnsupportedUNet."""
+    parts = parts_of(configs, cfg)
+    return [_Run(parts, cfg.replace(memory=mode), resolution, photos).estimate() for mode in modes]
+
+
+class _Run:
+    """The sizes that the phases of a run share."""
+
+    def __init__(self, parts: Parts, cfg, resolution: int, photos: int):
+        set_memory(parts.unet, cfg.memory)
+        self.parts, self.cfg, self.resolution = parts, cfg, resolution
+        self.on_card = cfg.device != "cpu"
+        item = BASE_DTYPES[compute_dtype(cfg)].itemsize
+        scale = 2 ** (len(parts.vae.config.block_out_channels) - 1)
+        tokens = parts.encoders[0].config.max_position_embeddings
+        subjects = min(cfg.batch_size, len(cfg.subjects))
+        self.sizes = Sizes(cfg.batch_size, resolution // scale, tokens, subjects, item, self.on_card)
+        latents = photos * (resolution // scale) ** 2 * parts.vae.config.latent_channels * _FP32
+        self.unet, self.vae = nbytes(parts.unet), nbytes(parts.vae)
+        self.text = sum(map(nbytes, parts.encoders))
+        trained = list(_factors(parts.unet))
+        self.lora = sum(trained)
+        widths = [encoder.config.hidden_size for encoder in parts.encoders] if cfg.learn_token else []
+        self.rows = len(cfg.subjects) * cfg.token_vectors * sum(widths) * _FP32
+        self.state = int(self.lora / _FP32 * _STATE[cfg.optimizer] + self.rows / _FP32 * 8)
+        self.caches = latents + self._prompt_kv()
+        self.resident = {"UNet": self.unet} | ({} if self.on_card else {"VAE": self.vae})
+        if cfg.learn_token or not self.on_card:
+            self.resident |= {"text encoders": self.text}
+        self.trained = {"LoRA and token rows": self.lora + self.rows, "optimizer state": self.state}
+
+    def _prompt_kv(self) -> int:
+        """Keys and values of the fixed prompts, made once."""
+        if all(one.lora_scale != methods.TEACHER for one in methods.passes(self.cfg)):
+            return 0
+        widths = sum(m.to_k.out_features for m in self.parts.unet.modules()
+                     if isinstance(m, LeanAttention) and m.is_cross_attention)
+        return fixed_prompts(self.cfg) * self.sizes.tokens * 2 * widths * self.sizes.itemsize
+
+    def estimate(self) -> Estimate:
+        phases = [self.caching(), self.loading(), self.step(), self.update()]
+        if self.cfg.sample_every:
+            phases.append(self.sampling())
+        return Estimate(self.cfg.memory, tuple(phases))
+
+    def caching(self) -> Phase:
+        """A photo through the VAE; the UNet is not loaded yet."""
+        parts = {"VAE": self.vae, "a photo in the encoder": inside.vae_encode(self.parts.vae, self.resolution)}
+        return Phase("caching latents", parts if self.on_card else parts | {"text encoders": self.text})
+
+    def loading(self) -> Phase:
+        """The largest layer beside all others: as it was, and the fp32 numbers of quantising it."""
+        sizes = [m.weight.shape[0] * m.weight.width for m in (*self.parts.unet.modules(), *self._text_modules())
+                 if isinstance(getattr(m, "weight", None), QuantisedWeight)]
+        made = max(sizes, default=0) * (self.sizes.itemsize + 3 * _FP32)
+        weights = {"UNet": self.unet, "text encoders": self.text}
+        return Phase("loading", weights | ({} if self.on_card else {"VAE": self.vae}) | {"a layer, quantised": made})
+
+    def _text_modules(self) -> Iterable[nn.Module]:
+        return (module for encoder in self.parts.encoders for module in encoder.modules())
+
+    def step(self) -> Phase:
+        cfg, sizes = self.cfg, self.sizes
+        text = (sizes.subjects, sizes.tokens, sizes.itemsize)
+        saved = sum(inside.text_saved(e, *text) for e in self.parts.encoders) if cfg.learn_token else 0
+        back = max(inside.text_backward(e, *text) for e in self.parts.encoders) if cfg.learn_token else 0
+        grown = cfg.grad_accumulation == 1
+        found = step(self.parts.unet, cfg, sizes, saved, back, grown)
+        most = max(("the pass with a graph", found.forward), ("no-grad predictions", found.without_grad),
+                   ("the backward pass", found.backward), key=lambda pair: pair[1])
+        parts = self.resident | self.trained | {"gradients": 0 if grown else self.lora + self.rows,
+                                                "caches of photos and prompts": self.caches}
+        parts |= {"kept for the backward pass": found.saved, f"at work in {most[0]}": most[1] - found.saved}
+        return Phase("in the step", parts)
+
+    def update(self) -> Phase:
+        """The optimizer's step; torch's AdamW makes one more tensor of every parameter."""
+        more = self.lora + self.rows if self.cfg.optimizer == "adamw" and self.on_card else 0
+        parts = self.resident | self.trained | {"gradients": self.lora + self.rows, "the optimizer's own": more}
+        return Phase("in the update", parts | {"caches of photos and prompts": self.caches})
+
+    def sampling(self) -> Phase:
+        """A picture with guidance: both predictions in one pass, then the decoder."""
+        ledger, sizes = Ledger(), self.sizes
+        tape = Tape(ledger, sizes.itemsize, False, self.on_card)
+        Pass(tape, self.parts.unet, 2, sizes.side, sizes.tokens, adapted=2, count=2, computed=2).run()
+        work = max(ledger.peak, inside.vae_decode(self.parts.vae, self.resolution))
+        parts = {"UNet": self.unet, "text encoders": self.text, "VAE": self.vae} | self.trained
+        parts |= {"caches of photos and prompts": self.caches, "a picture in the decoder": work}
+        return Phase("sampling", parts)
+
+
+def _factors(unet: nn.Module) -> Iterable[int]:
+    for layer in lora_layers(unet).values():
+        yield layer.lora_a.nbytes + layer.lora_b.nbytes

@@ -1,0 +1,110 @@
+"""A model's parts without values: of its configuration files, or of the two families that presets are made for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from palp_fast.nn.frozen import quantise_layers
+from palp_fast.nn.lean import QUANTISED, lean_unet
+from palp_fast.reference.dtypes import BASE_DTYPES
+from palp_fast.reference.quantised import FORMATS
+from palp_fast.resolve import compute_dtype
+
+_VAE = {
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
+_CLIP_L = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "hidden_act": "quick_gelu", "projection_dim": 768,
+}
+_CLIP_G = {
+    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+    "hidden_act": "gelu", "projection_dim": 1280,
+}
+
+
+@dataclass(frozen=True)
+class Configs:
+    """Of a model's parts, as their files have them; resolution in pixels."""
+
+    unet: dict
+    text: tuple[dict, ...]
+    vae: dict
+    resolution: int
+
+
+FAMILIES = {
+    "SD1.x": Configs({"sample_size": 64, "cross_attention_dim": 768}, (_CLIP_L,), _VAE, 512),
+    "SDXL": Configs({
+        "sample_size": 128, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": (5, 10, 20), "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True,
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816}, (_CLIP_L, _CLIP_G), _VAE, 1024),
+}
+
+
+def configs_of(facts) -> Configs:
+    """Of a model by its facts (models.facts); reads no weights."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig
+
+    names = ["text_encoder", "text_encoder_2"] if facts.family == "sdxl" else ["text_encoder"]
+    return Configs(
+        UNet2DConditionModel.load_config(facts.source, subfolder="unet"),
+        tuple(CLIPTextConfig.from_pretrained(facts.source, subfolder=name).to_dict() for name in names),
+        AutoencoderKL.load_config(facts.source, subfolder="vae"), facts.resolution)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Modules on the meta device: the lean UNet with LoRA, text encoders, VAE."""
+
+    unet: nn.Module
+    encoders: list[nn.Module]
+    vae: nn.Module
+
+
+def parts_of(configs: Configs, cfg) -> Parts:
+    """As the Trainer of a resolved config would load them. Raises UnsupportedUNet."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    form = cfg.base_dtype if cfg.base_dtype in FORMATS else None
+    kinds = (CLIPTextModel, CLIPTextModelWithProjection)
+    with torch.device("meta"):
+        with _default(BASE_DTYPES[compute_dtype(cfg)]):
+            unet = UNet2DConditionModel.from_config(configs.unet).eval()
+            encoders = [kind(CLIPTextConfig(**text)) for kind, text in zip(kinds, configs.text)]
+        vae = AutoencoderKL.from_config(configs.vae).requires_grad_(False)
+        lean_unet(unet, rank=cfg.rank, lora_targets=cfg.lora_targets, base_dtype=form)
+        for encoder in encoders:
+            encoder.requires_grad_(False)
+            if form is not None:
+                quantise_layers(encoder, form, QUANTISED)
+    return Parts(unet, encoders, vae)
+
+
+@contextlib.contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    """Within, parameters are made in this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def nbytes(module: nn.Module) -> int:
+    """Bytes of what is frozen, each storage once."""
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if not t.requires_grad]
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())

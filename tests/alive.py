@@ -1,0 +1,119 @@
+"""Bytes of all storages alive while a training step runs, and the most there were: exact, of fake tensors too."""
+
+import math
+import weakref
+from types import SimpleNamespace
+
+import ledger
+import torch
+from diffusers import UNet2DConditionModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from palp_fast import methods, predict
+from palp_fast.conditioning import Condition
+from palp_fast.nn import frozen, lean
+
+
+class Alive(TorchDispatchMode):
+    """Counts storages from the operator that makes them until they are freed; `known` ones are not counted.
+
+    Inside an operator it sees the dequantised weight alone, as the kernels of a card have it.
+    """
+
+    def __init__(self, known=()):
+        super().__init__()
+        self.alive = self.peak = 0
+        self._refs = {}
+        for tensor in known:
+            self._refs[tensor.untyped_storage()._cdata] = None
+
+    def mark(self):
+        self.peak = self.alive
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        self.peak = max(self.peak, self.alive + _dequantised(func, args))
+        return results
+
+    def _add(self, storage):
+        key = storage._cdata
+        if key not in self._refs:
+            nbytes = storage.nbytes()
+            self.alive += nbytes
+            self._refs[key] = weakref.ref(storage, lambda _: self._free(key, nbytes))
+
+    def _free(self, key, nbytes):
+        del self._refs[key]
+        self.alive -= nbytes
+
+
+def _dequantised(func, args):
+    """Bytes of the weight that an operator dequantises for itself."""
+    if func.namespace != "palp_fast":
+        return 0
+    given = dict(zip((argument.name for argument in func._schema.arguments), args))
+    if given.get("weight_scale") is None:
+        return 0
+    like = given.get("x", given.get("grad"))
+    return math.prod(given["weight_shape"]) * like.dtype.itemsize
+
+
+class FakeStep:
+    """A whole training step of a lean UNet of ledger.SHAPES, without memory."""
+
+    def __init__(self, shape, cfg, form=None):
+        config, self.side, self.width, self.pooled = ledger.SHAPES[shape]
+        self.cfg, self.mode = cfg, FakeTensorMode()
+        with self.mode:
+            with ledger.half():
+                unet = UNet2DConditionModel(**config).eval().requires_grad_(False)
+            if form is not None:
+                frozen.quantise_layers(unet, form, lean.QUANTISED, skip=lean.NOT_QUANTISED)
+            self.parts = SimpleNamespace(
+                unet=unet, device=torch.device("cpu"), dtype=torch.bfloat16, vae_scale=8,
+                family="sd" if self.pooled is None else "sdxl")
+            self.predictions = predict.LeanPredictions(self.parts, cfg, None)
+            self.passes = methods.passes(cfg)
+            fixed = {"clean": self.condition(), "empty": self.condition()}
+            self.predictions.fix(fixed, self.passes)
+
+    def condition(self, prompts=1):
+        hidden = torch.empty(prompts, 77, self.width, dtype=torch.bfloat16)
+        pooled = None if self.pooled is None else torch.empty(prompts, self.pooled, dtype=torch.bfloat16)
+        return Condition(hidden, pooled)
+
+    def weights(self):
+        """Bytes of the UNet's frozen weights, each storage once."""
+        frozen_ = [p for p in (*self.parts.unet.parameters(), *self.parts.unet.buffers()) if not p.requires_grad]
+        return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in frozen_}.values())
+
+    def peaks(self):
+        """{"saved", "forward", "without_grad", "backward": bytes} beside weights and LoRA."""
+        unet, batch = self.parts.unet, self.cfg.batch_size
+        known = [*unet.parameters(), *unet.buffers()]
+        if self.predictions.prompt_kv is not None:
+            known += [t for pair in self.predictions.prompt_kv.values.values() for t in pair]
+        found = {}
+        with self.mode, Alive(known) as alive:
+            x = torch.empty(batch, 4, self.side, self.side)
+            t = torch.empty(batch, dtype=torch.int64)
+            leaf = self.condition()
+            for tensor in (leaf.hidden, leaf.pooled):
+                if tensor is not None:
+                    tensor.requires_grad_()
+            pred = self.predictions.with_graph(x, t, leaf, [0] * batch)
+            found["saved"], found["forward"] = alive.alive, alive.peak
+            if self.passes:
+                alive.mark()
+                with torch.no_grad():
+                    self.predictions.without_graph(x, t, leaf.detach(), [0] * batch, self.passes)
+                found["without_grad"] = alive.peak
+            alive.mark()
+            pred.backward(torch.empty_like(pred))
+            found["backward"] = alive.peak
+        return found
