@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -113,7 +114,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         present = [grad for grad in chain.from_iterable(grads) if grad is not None]
         if not present:
             return loss
-        if any(grad.is_sparse for grad in present):
+        if any(map(attrgetter("is_sparse"), present)):
             raise RuntimeError("a gradient is sparse: allowed are dense gradients")
         self._send_rates(states, capturing)
         scaler = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import chain
+from operator import attrgetter
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,7 @@ from palp_fast.optim_state import FlatState
 
 _TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 _CHUNK = 4096
+_DTYPE = attrgetter("dtype")
 
 
 def serves(tensors: list[Tensor]) -> bool:
@@ -53,8 +57,7 @@ class StepTable:
     def _seen(self) -> list:
         """Address, size, layout and type of what the table points to."""
         tensors = [*self.params, *self._written]
-        asked = (Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous)
-        return [value for method in asked for value in map(method, tensors)] + [tensor.dtype for tensor in tensors]
+        return [list(map(ask, tensors)) for ask in (Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous, _DTYPE)]
 
     def _rows(self, states: list[FlatState], groups: list[int]) -> tuple[list[list[int]], list[int]]:
         """(twelve words per tensor, chunks per tensor)."""
@@ -83,11 +86,8 @@ class StepTable:
     ) -> Tensor:
         """One step -> the gradients' norm. scaler: GradScaler's (grad_scale, found_inf)."""
         # Copies of gradients live until the launch; what runs on the stream afterwards may have their memory.
-        grads = [grad if grad is None else _readable(grad) for grad in grads]
-        words = []
-        for grad in grads:
-            words += (0, 0) if grad is None else (grad.data_ptr(), _TYPES[grad.dtype])
-        gradients = self._write(words, capturing)
+        grads = _readable(grads)
+        gradients = self._write(_words(grads), capturing)
         for index, copy in self._copies.items():
             copy.copy_(self.params[index])
         norm = torch.ops.palp_fast.optimizer_step(
@@ -109,9 +109,30 @@ class StepTable:
         return self._gradients
 
 
-def _readable(grad: Tensor) -> Tensor:
-    """The gradient, or a copy that is contiguous and of a type that the compiled step knows."""
+# Hundreds of tensors are asked at every step, hence by functions that need no Python frame for each.
+def _readable(grads: list[Tensor | None]) -> list[Tensor | None]:
+    """The gradients, or copies that are contiguous and of a type that the compiled step knows."""
+    present = [grad for grad in grads if grad is not None]
+    if all(map(Tensor.is_contiguous, present)) and _TYPES.keys() >= set(map(_DTYPE, present)):
+        return grads
+    return [grad if grad is None else _copied(grad) for grad in grads]
+
+
+def _copied(grad: Tensor) -> Tensor:
     return grad.contiguous() if grad.dtype in _TYPES else grad.to(torch.float32).contiguous()
+
+
+def _words(grads: list[Tensor | None]) -> list[int]:
+    """Address and type of each; 0 and 0 for none."""
+    present = [index for index, grad in enumerate(grads) if grad is not None]
+    known = grads if len(present) == len(grads) else [grads[index] for index in present]
+    pairs = zip(map(Tensor.data_ptr, known), map(_TYPES.__getitem__, map(_DTYPE, known)))
+    if known is grads:
+        return list(chain.from_iterable(pairs))
+    words = [0] * (2 * len(grads))
+    for index, pair in zip(present, pairs):
+        words[2 * index : 2 * index + 2] = pair
+    return words
 
 
 def _moment_addresses(state: FlatState, index: int) -> tuple[list[int], list[int]]:

@@ -77,8 +77,9 @@ def test_the_schedule_ends_at_zero():
     assert rates[0] == 0.1 and rates[5] == pytest.approx(0.05) and update.lr == 0
 
 
-def test_an_fp16_overflow_skips_the_step_and_lowers_the_scale():
-    update = update_of(base_dtype="fp16")
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "lion8bit"])
+def test_an_fp16_overflow_skips_the_step_and_lowers_the_scale(optimizer):
+    update = update_of(base_dtype="fp16", optimizer=optimizer)
     scale, before = update.scaler.get_scale(), update.named["a"].detach().clone()
     backward(update, lora=float("inf"))
     norm = update.clip().item()
@@ -87,6 +88,19 @@ def test_an_fp16_overflow_skips_the_step_and_lowers_the_scale():
     assert torch.equal(update.named["a"], before) and update.scaler.get_scale() == scale / 2
     backward(update)
     assert update.gradients() == pytest.approx(math.sqrt(2700), rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "lion8bit"])
+def test_the_loss_scale_does_not_change_the_step(optimizer):
+    updates = [update_of(base_dtype=dtype, optimizer=optimizer, max_grad_norm=0.5) for dtype in ("fp32", "fp16")]
+    for update in updates:
+        for lora in (0.3, float("inf"), 0.7) if update.scaler.is_enabled() else (0.3, 0.7):
+            backward(update, lora=lora)
+            update.clip()
+            update.step()
+    assert updates[1].scaler.get_scale() > 1
+    for plain, scaled in zip(*(update.named.values() for update in updates)):
+        assert torch.equal(plain, scaled)
 
 
 def test_what_is_not_finite_is_named():

@@ -7,6 +7,7 @@ namespace {
 
 constexpr int64_t kPart = 256;  // elements worked on at a time: what is kept of them stays in the first cache
 constexpr int64_t kChunksPerTask = 8;
+constexpr int64_t kAhead = 2 * kPart;  // elements from what is worked on to what is asked for
 
 constexpr DynamicMap<true> kSignedMap;
 constexpr DynamicMap<false> kUnsignedMap;
@@ -49,17 +50,22 @@ void store(const float* values, DType dtype, int64_t first, int64_t count, void*
 }
 
 // Magnitudes order as their bits.
-float largest_magnitude(float largest, const float* values, int64_t count) {
-  int32_t bits = int32_t(float_bits(largest));
-  for (int64_t i = 0; i < count; ++i) {
-    const int32_t other = int32_t(float_bits(values[i]) & 0x7fffffffu);
-    bits = bits > other ? bits : other;
-  }
-  return bits_float(uint32_t(bits));
+PALP_INLINE float larger_magnitude(float most, float value) {
+  const uint32_t left = float_bits(most), right = float_bits(value) & 0x7fffffffu;
+  return bits_float(left > right ? left : right);
 }
 
-struct Moments {
+struct Scales {
+  float first = 0, second = 0;
+};
+
+// Some elements of a tensor on their way through a step.
+struct Part {
+  int64_t at, count;
+  const float* grad;
+  float* param;  // the tensor's own memory where that is fp32 and may be written
   float first[kPart], second[kPart];
+  float grads[kPart], params[kPart];
 };
 
 // The update of one tensor.
@@ -76,36 +82,33 @@ class Update {
   // The moments of a block longer than a part are not kept: a first pass finds the scales, a second computes them anew.
   void quantised(int64_t block) const {
     const int64_t begin = block * tensor_.block_size, end = smaller(begin + tensor_.block_size, tensor_.numel);
-    const float old_first = tensor_.first_scales[block];
-    const float old_second = kTwo ? tensor_.second_scales[block] : 0.0f;
-    float first = 0, second = 0;  // the new scales
+    const Scales old{tensor_.first_scales[block], kTwo ? tensor_.second_scales[block] : 0.0f};
     const bool fits = end - begin <= kPart;
-    Moments moments;
+    Scales scales, seen;
+    Part part;
     for (int pass = fits ? 1 : 0; pass < 2; ++pass) {
+      const bool write = pass == 1;
       for (int64_t at = begin; at < end; at += kPart) {
-        const int64_t count = smaller(kPart, end - at);
-        dequantise(kSignedMap, codes(tensor_.first) + at, old_first, count, moments.first);
-        if (kTwo) dequantise(kUnsignedMap, codes(tensor_.second) + at, old_second, count, moments.second);
-        step(at, count, pass == 1, moments.first, moments.second);
-        if (pass == 0 || fits) {
-          first = largest_magnitude(first, moments.first, count);
-          if (kTwo) second = largest_magnitude(second, moments.second, count);
-        }
-        if (pass == 0) continue;
-        quantise(kSignedMap, moments.first, first, count, codes(tensor_.first) + at);
-        if (kTwo) quantise(kUnsignedMap, moments.second, second, count, codes(tensor_.second) + at);
+        read(at, smaller(kPart, end - at), write, part);
+        renew(old, part, seen);
+        if (!write) continue;
+        if (fits) scales = seen;
+        finish(scales, part);
+        this->write(part);
       }
+      scales = seen;
     }
-    tensor_.first_scales[block] = first;
-    if (kTwo) tensor_.second_scales[block] = second;
+    tensor_.first_scales[block] = scales.first;
+    if (kTwo) tensor_.second_scales[block] = scales.second;
   }
 
   // State in 32 bits.
   void plain(int64_t begin, int64_t end) const {
-    float unused[kPart];
+    Part part;
     for (int64_t at = begin; at < end; at += kPart) {
-      float* second = kTwo ? floats(tensor_.second) + at : unused;
-      step(at, smaller(kPart, end - at), true, floats(tensor_.first) + at, second);
+      read(at, smaller(kPart, end - at), true, part);
+      apply(part, floats(tensor_.first) + at, kTwo ? floats(tensor_.second) + at : part.second);
+      write(part);
     }
   }
 
@@ -113,21 +116,125 @@ class Update {
   static constexpr bool kTwo = UpdateRule::kTwoMoments;
 
   static float* floats(void* data) { return static_cast<float*>(data); }
-  static uint8_t* codes(void* data) { return static_cast<uint8_t*>(data); }
+  uint8_t* first_codes(const Part& part) const { return static_cast<uint8_t*>(tensor_.first) + part.at; }
+  uint8_t* second_codes(const Part& part) const { return static_cast<uint8_t*>(tensor_.second) + part.at; }
 
-  // The rule on some elements; parameters in fp32 are changed in place.
-  void step(int64_t at, int64_t count, bool write, float* first, float* second) const {
-    float grads[kPart], params[kPart];
-    const float* grad = load(gradient_.data, DType(gradient_.dtype), at, count, grads);
+  void read(int64_t at, int64_t count, bool write, Part& part) const {
+    part.at = at;
+    part.count = count;
+    part.grad = load(gradient_.data, DType(gradient_.dtype), at, count, part.grads);
     const bool in_place = write && type_ == DType::float32;
-    float* param = in_place ? floats(tensor_.param) + at : params;
-    if (!in_place) copy(tensor_.param, type_, at, count, params);
-    const StepConstants constants = constants_;
+    part.param = in_place ? floats(tensor_.param) + at : part.params;
+    if (!in_place) copy(tensor_.param, type_, at, count, part.params);
+  }
+
+  void write(const Part& part) const {
+    if (part.param == part.params) store(part.param, type_, part.at, part.count, tensor_.param);
+    if (tensor_.shadow) store(part.param, DType(tensor_.types / 256), part.at, part.count, tensor_.shadow);
+  }
+
+  // What comes before the scales of the block are known: its moments, and parameters that do not wait.
+  template <typename Real>
+  PALP_INLINE static void begin(const StepConstants& c, Real grad, Real& first, Real& second, Real& param) {
+    if constexpr (UpdateRule::kParamLast) {
+      UpdateRule::moments(c, grad, first, second);
+    } else {
+      UpdateRule::apply(c, grad, first, second, param);
+    }
+  }
+
+  // New moments into the part; their largest magnitudes into `seen`, if larger.
+  void renew(Scales old, Part& part, Scales& seen) const {
+    const StepConstants c = constants_;
     const float factor = factor_;
-    for (int64_t i = 0; i < count; ++i) UpdateRule::apply(constants, grad[i] * factor, first[i], second[i], param[i]);
-    if (!write) return;
-    if (!in_place) store(param, type_, at, count, tensor_.param);
-    if (tensor_.shadow) store(param, DType(tensor_.types / 256), at, count, tensor_.shadow);
+    const uint8_t *first_codes = this->first_codes(part), *second_codes = kTwo ? this->second_codes(part) : nullptr;
+    int64_t i = 0;
+#ifdef PALP_VECTOR
+    const VectorLevels<true> first_of(kSignedMap, old.first);
+    const VectorLevels<false> second_of(kUnsignedMap, old.second);
+    Words first_bits(0), second_bits(0);
+    for (; i + kWidth <= part.count; i += kWidth) {
+      Floats first = first_of(first_codes + i), second = kTwo ? second_of(second_codes + i) : Floats(0.0f);
+      Floats param = UpdateRule::kParamLast ? Floats(0.0f) : load_floats(part.param + i);
+      begin(c, load_floats(part.grad + i) * factor, first, second, param);
+      store_floats(first, part.first + i);
+      first_bits = larger(first_bits, bits(first) & Words(0x7fffffff));
+      if (!UpdateRule::kParamLast) store_floats(param, part.param + i);
+      if (!kTwo) continue;
+      store_floats(second, part.second + i);
+      second_bits = larger(second_bits, bits(second));
+    }
+    seen.first = larger_magnitude(seen.first, bits_float(uint32_t(largest(first_bits))));
+    seen.second = larger_magnitude(seen.second, bits_float(uint32_t(largest(second_bits))));
+#endif
+    for (int64_t j = i; j < part.count; ++j) {
+      part.first[j] = level_of(first_codes[j], kSignedMap) * old.first;
+      part.second[j] = kTwo ? level_of(second_codes[j], kUnsignedMap) * old.second : 0.0f;
+    }
+    for (int64_t j = i; j < part.count; ++j) {
+      begin(c, part.grad[j] * factor, part.first[j], part.second[j], part.param[j]);
+    }
+    for (int64_t j = i; j < part.count; ++j) {
+      seen.first = larger_magnitude(seen.first, part.first[j]);
+      seen.second = larger_magnitude(seen.second, part.second[j]);
+    }
+  }
+
+  // Codes of the moments, and parameters that have waited. Divisions and roots take their time beside the look-ups.
+  void finish(Scales scales, Part& part) const {
+    const StepConstants c = constants_;
+    uint8_t *first_codes = this->first_codes(part), *second_codes = kTwo ? this->second_codes(part) : nullptr;
+    int64_t i = 0;
+#ifdef PALP_VECTOR
+    const VectorCodes<true> first_of(kSignedMap, scales.first);
+    const VectorCodes<false> second_of(kUnsignedMap, scales.second);
+    for (; i + 4 * kWidth <= part.count; i += 4 * kWidth) {
+      ask_ahead(part.at + i + kAhead, 4 * kWidth);
+      if constexpr (UpdateRule::kParamLast) {
+        for (int64_t j = i; j < i + 4 * kWidth; j += kWidth) {
+          const Floats first = load_floats(part.first + j), second = load_floats(part.second + j);
+          store_floats(UpdateRule::param(c, first, second, load_floats(part.param + j)), part.param + j);
+        }
+      }
+      first_of(part.first + i, first_codes + i);
+      if (kTwo) second_of(part.second + i, second_codes + i);
+    }
+#endif
+    if constexpr (UpdateRule::kParamLast) {
+      for (int64_t j = i; j < part.count; ++j) {
+        part.param[j] = UpdateRule::param(c, part.first[j], part.second[j], part.param[j]);
+      }
+    }
+    const float first_inverse = inverse_of(scales.first), second_inverse = inverse_of(scales.second);
+    for (int64_t j = i; j < part.count; ++j) {
+      first_codes[j] = nearest_code(part.first[j] * first_inverse, kSignedMap);
+      if (kTwo) second_codes[j] = nearest_code(part.second[j] * second_inverse, kUnsignedMap);
+    }
+  }
+
+  void ask_ahead(int64_t at, int64_t count) const {
+    const int64_t grad_size = size_of(DType(gradient_.dtype)), param_size = size_of(type_);
+    ask_for(gradient_.data, at * grad_size, count * grad_size);
+    ask_for(tensor_.param, at * param_size, count * param_size);
+    ask_for(tensor_.first, at, count);
+    if (kTwo) ask_for(tensor_.second, at, count);
+  }
+
+  // The whole rule.
+  void apply(Part& part, float* first, float* second) const {
+    const StepConstants c = constants_;
+    const float factor = factor_;
+    int64_t i = 0;
+#ifdef PALP_VECTOR
+    for (; i + kWidth <= part.count; i += kWidth) {
+      Floats m = load_floats(first + i), v = kTwo ? load_floats(second + i) : Floats(0.0f), param = load_floats(part.param + i);
+      UpdateRule::apply(c, load_floats(part.grad + i) * factor, m, v, param);
+      store_floats(m, first + i);
+      if (kTwo) store_floats(v, second + i);
+      store_floats(param, part.param + i);
+    }
+#endif
+    for (; i < part.count; ++i) UpdateRule::apply(c, part.grad[i] * factor, first[i], second[i], part.param[i]);
   }
 
   const TensorRow& tensor_;
@@ -165,6 +272,8 @@ double sum_of_squares(const GradientRow& gradient, const ChunkView& chunk) {
   for (int64_t at = chunk.begin; at < chunk.end; at += kLanes) {
     const int64_t count = smaller(kLanes, chunk.end - at);
     const float* grad = load(gradient.data, DType(gradient.dtype), at, count, buffer);
+    const int64_t size = size_of(DType(gradient.dtype));
+    ask_for(gradient.data, (at + 4 * kLanes) * size, kLanes * size);
     for (int64_t i = 0; i < count; ++i) lanes[i] += double(grad[i]) * double(grad[i]);
   }
   return sum_lanes(lanes);

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "palp_fast/elementary.h"
 #include "palp_fast/image.h"
 
 namespace palp_fast {
@@ -138,30 +139,42 @@ PALP_INLINE void begin_update(const StepParams& params, int64_t index) {
   constants.decay = float(1 - group.lr * group.weight_decay);
 }
 
-// The rules, on one element: moments and parameter go to their new values.
+// The rules, on one element or a vector: moments and parameter go to their new values. `moments` comes first, `param`
+// may wait until the moments of a whole block are known.
+PALP_INLINE float at_most(float value, float limit) { return value < limit ? value : limit; }
+PALP_INLINE float sign_of(float value) { return value > 0 ? 1.0f : value < 0 ? -1.0f : 0.0f; }
 
 // Loshchilov and Hutter, arXiv 1711.05101.
 struct AdamW {
-  static constexpr bool kTwoMoments = true;
+  static constexpr bool kTwoMoments = true, kParamLast = true;
 
-  PALP_INLINE static void apply(const StepConstants& c, float grad, float& first, float& second, float& param) {
-    constexpr float kMost = 0x1.fffffep127f;
+  template <typename Real>
+  PALP_INLINE static void moments(const StepConstants& c, Real grad, Real& first, Real& second) {
     first = c.beta1 * first + c.rest1 * grad;
-    const float value = c.beta2 * second + c.rest2 * (grad * grad);
-    second = value < kMost ? value : kMost;  // infinity would become NaN in 8 bits
-    param = param * c.decay - c.step_size * first / (sqrtf(second) * c.inverse_root + c.eps);
+    // Infinity would become NaN in 8 bits.
+    second = at_most(c.beta2 * second + c.rest2 * (grad * grad), 0x1.fffffep127f);
+  }
+
+  template <typename Real>
+  PALP_INLINE static Real param(const StepConstants& c, Real first, Real second, Real param) {
+    return param * c.decay - c.step_size * first / (square_root(second) * c.inverse_root + c.eps);
+  }
+
+  template <typename Real>
+  PALP_INLINE static void apply(const StepConstants& c, Real grad, Real& first, Real& second, Real& value) {
+    moments(c, grad, first, second);
+    value = param(c, first, second, value);
   }
 };
 
 // Chen et al., arXiv 2302.06675.
 struct Lion {
-  static constexpr bool kTwoMoments = false;
+  static constexpr bool kTwoMoments = false, kParamLast = false;
 
-  PALP_INLINE static void apply(const StepConstants& c, float grad, float& first, float&, float& param) {
-    const float direction = c.beta1 * first + c.rest1 * grad;
-    const float sign = direction > 0 ? 1.0f : direction < 0 ? -1.0f : 0.0f;
+  template <typename Real>
+  PALP_INLINE static void apply(const StepConstants& c, Real grad, Real& first, Real&, Real& value) {
+    value = value * c.decay - c.step_size * sign_of(c.beta1 * first + c.rest1 * grad);
     first = c.beta2 * first + c.rest2 * grad;
-    param = param * c.decay - c.step_size * sign;
   }
 };
 
