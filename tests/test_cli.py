@@ -177,7 +177,7 @@ def test_dry_run_shows_prompts_tokens_and_passes(model, required, tmp_path, opti
     assert str(tokenizer("a sketch of an owl").input_ids) in clean
     assert f"UNet passes per step: {passes}" in lines
     assert any(line.startswith("memory estimate (fast): ") for line in lines)
-    assert "  memory = 'fast': on a CPU always" in lines or "  memory = 'fast': as asked for" in lines
+    assert "  memory = 'fast': as set; on a CPU 'auto' is 'fast'" in lines
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -34,21 +34,22 @@ def config(**changes):
     return TrainConfig(**(fields | changes))
 
 
-@pytest.mark.parametrize(("mode", "options"), [
-    ("fast", {"base_dtype": "nf4"}), ("balanced", {"batch_size": 2}), ("low", {"base_dtype": "int8", "beta": 1.0}),
+@pytest.mark.parametrize(("shape", "mode", "options"), [
+    ("SD1.x 512", "fast", {"base_dtype": "nf4"}), ("SD1.x 512", "balanced", {"batch_size": 2, "beta": 1.0}),
+    ("SDXL 1024", "low", {"base_dtype": "int8"}),
 ], ids=str)
-def test_a_step_at_full_size(mode, options):
-    """SD1.x at 512: the estimate of each part of a step within 2 % of the bytes alive in that step itself."""
+def test_a_step_at_full_size(shape, mode, options):
+    """The estimate of each part of a step within 2 % of the bytes alive in that step itself."""
     cfg = config(memory=mode, **options)
     form = cfg.base_dtype if cfg.base_dtype != "bf16" else None
-    real = alive.FakeStep("SD1.x 512", cfg, form)
+    real, family = alive.FakeStep(shape, cfg, form), FAMILIES[shape.partition(" ")[0]]
     found = real.peaks()
-    unet = parts_of(FAMILIES["SD1.x"], cfg.replace(base_dtype=form or "fp16")).unet
+    unet = parts_of(family, cfg.replace(base_dtype=form or "fp16")).unet
     set_memory(unet, mode)
     assert nbytes(unet) == pytest.approx(real.weights(), rel=1e-3)
-    made = step(unet, cfg, Sizes(cfg.batch_size, 64, 77, 1, 2), 0, 0, True)
+    made = step(unet, cfg, Sizes(cfg.batch_size, family.resolution // 8, 77, 1, 2), 0, 0, True)
     for name, size in found.items():
-        print(f"{mode} {options} {name}: alive {size / 2**20:.1f} MiB, estimate {getattr(made, name) / 2**20:.1f}")
+        print(f"{shape} {mode} {options} {name}: alive {size / 2**20:.1f} MiB, estimate {getattr(made, name) / 2**20:.1f}")
         assert getattr(made, name) == pytest.approx(size, rel=0.02), name
 
 

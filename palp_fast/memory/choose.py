@@ -35,7 +35,7 @@ def choose(configs: Configs, cfg, resolution: int, photos: int) -> Choice:
     except UnsupportedUNet as error:
         return Choice(cfg.memory if asked else "fast", str(error), None)
     if cfg.device == "cpu":
-        return Choice(found[0].memory, "as asked for" if asked else "on a CPU always", found[0])
+        return Choice(found[0].memory, "as set; on a CPU 'auto' is 'fast'", found[0])
     free = torch.cuda.mem_get_info(cfg.device)[0]
     return fitting(found, free, asked)
 
