@@ -76,9 +76,7 @@ class Pass:
         again = self.tape.recomputed if block.gradient_checkpointing else lambda function, *values: function(*values)
 
         def entry(x: Value, skip: Value | None, *_) -> tuple[Value, ...]:
-            if skip is not None:
-                x = self.tape.cat([x, self.take(skip, x.rows)])
-            x = self.resnet(x, resnet)
+            x = self.resnet(x, skip, resnet)
             return (x,) if transformer is None else (x, self.enter(x, transformer))
 
         x, *tokens = again(entry, x, skip)
@@ -90,15 +88,32 @@ class Pass:
         made = self.linear(tokens, transformer.proj_out)
         return self.tape.added(made, self.take(x, made.rows))
 
-    def resnet(self, x: Value, module) -> Value:
-        h = self.conv(self.norm(x, module.norm1), module.conv1)
+    def resnet(self, x: Value, skip: Value | None, module) -> Value:
+        parts = [x] if skip is None else [x, skip]
+        if skip is not None and not self._shares(x, skip, module):
+            parts = [self.tape.cat([x, self.take(skip, x.rows)])]
+        h = self._of_parts(parts, lambda part: self.conv(self.norm(part, module.norm1), module.conv1))
         if module.time_emb_proj is not None:
             shift = self.linear(self.emb, module.time_emb_proj)
             rows = max(h.rows, shift.rows)
             h = self.tape.added(self.take(h, rows), self.take(shift, rows))
         h = self.conv(self.norm(h, module.norm2), module.conv2)
-        x = x if module.conv_shortcut is None else self.linear(x, module.conv_shortcut)
+        shortcut = module.conv_shortcut
+        x = parts[0] if shortcut is None else self._of_parts(parts, lambda part: self.linear(part, shortcut))
         return self.tape.added(h, self.take(x, h.rows))
+
+    def _shares(self, x: Value, skip: Value, module) -> bool:
+        alone = skip.rows < x.rows or (self.tape.grad and x.node and not skip.node)
+        whole_groups = x.channels * module.norm1.num_groups % (x.channels + skip.channels) == 0
+        divisible = not isinstance(module.conv1.weight, QuantisedWeight)
+        return bool(alone and whole_groups and divisible and module.conv_shortcut is not None)
+
+    def _of_parts(self, parts: list[Value], layer) -> Value:
+        if len(parts) == 1:
+            return layer(parts[0])
+        x, skip = parts
+        shared = layer(skip)
+        return self.tape.added(layer(x), self.take(shared, x.rows))
 
     def enter(self, x: Value, transformer) -> Value:
         return self.linear(self.norm(x, transformer.norm), transformer.proj_in)
@@ -184,7 +199,7 @@ class Pass:
 
     def norm(self, x: Value, module) -> Value:
         """GroupNorm with SiLU."""
-        stats = 2 * x.rows * module.num_groups * _FP32
+        stats = 2 * x.rows * (module.num_groups * x.channels // module.num_channels) * _FP32
         sizes = x.rows, x.pixels, x.channels
         return self.tape.apply([x], sizes, keep_inputs=[x], keep=stats, **self.inside("group_norm", sizes))
 
