@@ -3,7 +3,7 @@
     python -m bench.quality --cache DIR [--output runs/quality] [--model emoji-64] [--quick] [--acceptance] [--report]
         [--method NAME[:field=value,...]] [--subject NAME] [--target N] [--seed N] [--set field=value]
 
-Subjects x targets x seeds x methods; each training is measured at every 100 steps, by both judges, on 16 pictures of
+Subjects x targets x seeds x methods; each training is measured at every 100 steps, by every judge, on 16 pictures of
 the target prompt, and at its end on 16 of "a photo of [V]". DIR holds the sprites, as for palp_fast.zoo.build. Every
 training's results are one block of JSON lines in the output folder; what is there is not run again. Development
 subjects are the default. --acceptance runs the other half, which no setting may be chosen on. --report writes tables,
