@@ -37,7 +37,8 @@ def evaluate(
     """Score pictures by cosine similarities in an image-text encoder's space.
 
     images, references: a folder, paths or PIL images. prompt: the clean target prompt (class noun, no placeholder).
-    encoder: a CLIP folder or hub id, or an object as Encoder. Returns, for a prompt, "text_alignment" (mean over
+    encoder: a CLIP folder or hub id, an object as Encoder, or a judge of the emoji-64 world, "emoji-64" or
+    "emoji-64-second" (palp_fast/zoo/judge.py), which knows no other pictures. Returns, for a prompt, "text_alignment" (mean over
     images of cos(image, prompt)) and "text_alignment_per_image"; for references, "image_alignment" (each image's mean
     cos to all references, then the mean over images) and "image_alignment_per_image".
     Raises ConfigError when neither is given, DataError for unreadable images.
@@ -47,7 +48,7 @@ def evaluate(
     pictures = [load_image(source) for source in image_sources(images, "images")]
     photos = None if references is None else [load_image(source) for source in image_sources(references, "references")]
     if not (hasattr(encoder, "text") and hasattr(encoder, "images")):
-        encoder = Encoder(encoder, device=device, batch_size=batch_size)
+        encoder = _encoder(encoder, device, batch_size)
     features = encoder.images(pictures)
     scores: dict[str, float | list[float]] = {}
     if prompt is not None:
@@ -61,9 +62,7 @@ class Encoder:
     """A transformers CLIP model: .text(prompts) and .images(pictures) -> unit vectors [n, width], fp32 on the CPU."""
 
     def __init__(self, reference=DEFAULT_ENCODER, *, device: str = "auto", batch_size: int = 16):
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device, self.batch_size = torch.device(device), batch_size
+        self.device, self.batch_size = _device(device), batch_size
         self.model = CLIPModel.from_pretrained(str(reference)).eval().requires_grad_(False).to(self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(str(reference))
         self.preprocessing = _preprocessing(reference)
@@ -84,6 +83,18 @@ class Encoder:
             pooled = self.model.vision_model(torch.stack(batch).to(self.device)).pooler_output
             parts.append(_unit(self.model.visual_projection(pooled)))
         return torch.cat(parts)
+
+
+def _encoder(reference, device: str, batch_size: int):
+    from .zoo import judge
+
+    if reference in judge.JUDGES:
+        return judge.load(reference, device=_device(device), batch=batch_size)
+    return Encoder(reference, device=device, batch_size=batch_size)
+
+
+def _device(device: str) -> torch.device:
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
 
 def preprocess(picture: Image.Image, config: Mapping) -> torch.Tensor:

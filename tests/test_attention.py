@@ -112,9 +112,10 @@ def test_sdpa_is_another_provider(kv_index):
 
 
 @pytest.mark.parametrize("kv_index", [None, SHARED])
-def test_few_keys_on_the_cpu_have_their_backward_pass_in_fp32(monkeypatch, kv_index):
-    """As good as torch's own in bf16; the same tensors are kept."""
-    values = make(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_few_keys_on_the_cpu_have_their_backward_pass_in_fp32(monkeypatch, dtype, kv_index):
+    """As good as torch's own in 16 bits; the same tensors are kept."""
+    values = make(dtype)
     true, found, kept = with_gradients(plain, [value.double() for value in values], kv_index=kv_index), [], []
     for few in (0, 2**16):
         monkeypatch.setattr(attention_providers, "_FEW_WEIGHTS", few)
@@ -124,6 +125,10 @@ def test_few_keys_on_the_cpu_have_their_backward_pass_in_fp32(monkeypatch, kv_in
     for mine, its, exact in zip(found[1], found[0], true):
         assert_as_good(mine, its, exact, 1e-3)
     assert kept[1] == kept[0]
+    grads = [torch.autograd.grad(PF.attention(q, k, v, HEADS, kv_index=kv_index, provider="sdpa"), (q, k, v), upstream)
+             for upstream in (torch.ones(1, 1, 1, dtype=dtype).expand(3, 9, HEADS * WIDTH),
+                              torch.ones(3, HEADS * WIDTH, 9, dtype=dtype).mT)]
+    assert all(torch.equal(one, other) for one, other in zip(*grads)), "whatever the strides of the gradient"
 
 
 @pytest.fixture

@@ -227,7 +227,8 @@ class Update {
     int64_t i = 0;
 #ifdef PALP_VECTOR
     for (; i + kWidth <= part.count; i += kWidth) {
-      Floats m = load_floats(first + i), v = kTwo ? load_floats(second + i) : Floats(0.0f), param = load_floats(part.param + i);
+      Floats m = load_floats(first + i), v = kTwo ? load_floats(second + i) : Floats(0.0f);
+      Floats param = load_floats(part.param + i);
       UpdateRule::apply(c, load_floats(part.grad + i) * factor, m, v, param);
       store_floats(m, first + i);
       if (kTwo) store_floats(v, second + i);

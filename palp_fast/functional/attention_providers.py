@@ -128,9 +128,11 @@ def attend(name: str, q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float,
 
 
 def _few_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    if q.device.type != "cpu" or q.dtype not in (torch.float16, torch.bfloat16):
+        return False
     needs_grad = torch.is_grad_enabled() and any(value.requires_grad for value in (q, k, v))
-    few = q.shape[-2] * k.shape[-2] <= _FEW_WEIGHTS
-    return needs_grad and few and q.device.type == "cpu" and q.dtype in (torch.float16, torch.bfloat16)
+    few = 0 < q.shape[-2] * k.shape[-2] <= _FEW_WEIGHTS and q.numel() > 0
+    return needs_grad and few and all(value.stride(-1) == 1 for value in (q, k, v))
 
 
 class FewOnCPU(torch.autograd.Function):
@@ -150,7 +152,8 @@ class FewOnCPU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         q, k, v, out, lse = ctx.saved_tensors
-        wide = (value.float() for value in (grad, q, k, v, out))
+        dense = torch.contiguous_format  # the kernel takes heads whose numbers are neighbours
+        wide = (value.to(torch.float32, memory_format=dense) for value in (grad, q, k, v, out))
         bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         grads = bwd(*wide, lse, 0.0, False, scale=ctx.scale)
         return *(value.to(q.dtype) for value in grads), None

@@ -138,9 +138,8 @@ class LeanResnet(ResnetBlock2D):
             rows = max(len(h), len(shift))
             h = added(call.rows.take(h, rows), call.rows.take(shift, rows))
         h = self.conv2(self.norm2(h, silu=True))
-        if self.conv_shortcut is None:
-            return added(h, call.rows.take(torch.cat(parts, dim=1), len(h)))
-        return added(h, call.rows.take(self._of_parts(parts, call, self.conv_shortcut), len(h)))
+        x = parts[0] if self.conv_shortcut is None else self._of_parts(parts, call, self.conv_shortcut)
+        return added(h, call.rows.take(x, len(h)))
 
     def _shares(self, x: Tensor, skip: Tensor) -> bool:
         """Whether channels of the skip by themselves save products: of fewer rows, or without a gradient."""

@@ -1,5 +1,9 @@
-"""What emoji-64 must be able to do before it ships: colours of backgrounds and of styles, tested on pixels."""
+"""What emoji-64 must be able to do before it ships: `python -m palp_fast.zoo.check MODEL_FOLDER --cache DIR`.
 
+Colours of backgrounds and of styles are tested on pixels, all else by the judge (palp_fast/zoo/gates.py).
+"""
+
+import argparse
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +65,7 @@ def cases(world: World, sprites: np.ndarray, count: int = 240) -> list[Case]:
         truth = compose(sprites, Scene((place,), style, background, "", len(found)))
         allowed = world.allows(style, background) and subject.withheld_style != style
         if allowed and passes(truth, style, background) == (True, True):
-            words = _words(style, noun_phrase(subject.name), background)
+            words = plain_caption(style, noun_phrase(subject.name), background)
             found.append(Case(words, subject.name, style, background))
     return found
 
@@ -85,15 +89,17 @@ def compositions(world: World, columns: int = 12) -> list[str]:
         pair = world.withheld_pairs[column % len(world.withheld_pairs)]
         rows[2].append((pair[0], draw.choice(free), pair[1]))
         rows[3].append((style, draw.choice(nouns), draw.choice(_grounds(allowed, style))))
-    return [_words(*cell) for row in rows for cell in row]
+    return [plain_caption(*cell) for row in rows for cell in row]
 
 
 def _grounds(allowed: list[tuple[str, str]], style: str) -> list[str]:
     return [ground for own, ground in allowed if own == style]
 
 
-def _words(style: str, things: str, background: str) -> str:
-    place = SCENE_PHRASES[background][0] if background in SCENES else f"on {article(background)} {background} background"
+def plain_caption(style: str, things: str, background: str) -> str:
+    """The first wording of a style and a background around a noun phrase."""
+    colour = f"on {article(background)} {background} background"
+    place = SCENE_PHRASES[background][0] if background in SCENES else colour
     return f"{STYLE_PHRASES[style][0].format(things)} {place}"
 
 
@@ -103,24 +109,33 @@ def passes(picture: np.ndarray, style: str, background: str) -> tuple[bool, bool
     return frame_colour(picture) == background, {"line": plain, "render": not plain, "flat": True}[style]
 
 
-def run(model: Path, world: World, sprites: np.ndarray, sheets: Path | None = None) -> dict[str, float]:
-    """Draw every case with the stock pipeline; returns the shares of right backgrounds and colourings, 0 to 1.
+def run(
+    model: Path, world: World, sprites: np.ndarray, sheets: Path | None = None, count: int = 240,
+    judge: str = "emoji-64",
+) -> dict[str, float]:
+    """Draw `count` cases with the stock pipeline; returns the shares of right backgrounds and colourings, 0 to 1.
 
+    A judge's figures go with them: of all of gates.py, or of the cases alone if count is less than 240.
     sheets: folder for check.png, the cases in rows of 24, and compositions.png.
     """
     from diffusers import StableDiffusionPipeline
 
+    from palp_fast.zoo import gates
+    from palp_fast.zoo.judge import load
+
     pipeline = StableDiffusionPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
-    tests = cases(world, sprites)
+    tests, judge = cases(world, sprites, count), load(judge)
     pictures = draw_captions(pipeline, [case.caption for case in tests])
     right = [passes(picture, case.style, case.background) for picture, case in zip(pictures, tests, strict=True)]
     if sheets:
         contact_sheet(pictures, columns=24).save(sheets / "check.png")
         contact_sheet(draw_captions(pipeline, compositions(world)), columns=12).save(sheets / "compositions.png")
     of = {style: [ok[1] for ok, case in zip(right, tests, strict=True) if case.style == style] for style in STYLES}
-    return {"background": float(np.mean([ok[0] for ok in right])), "line_colourless": float(np.mean(of["line"])),
-            "render_coloured": float(np.mean(of["render"]))}
+    results = {"background": float(np.mean([ok[0] for ok in right])), "line_colourless": float(np.mean(of["line"])),
+               "render_coloured": float(np.mean(of["render"]))}
+    results |= gates.captions(judge, world, tests, pictures)
+    return results | (gates.others(judge, world, pipeline) if count == 240 else {})
 
 
 def draw_captions(pipeline, captions: list[str], batch: int = 40) -> np.ndarray:
@@ -142,3 +157,24 @@ def contact_sheet(pictures: np.ndarray, columns: int) -> Image.Image:
         y, x = divmod(index, columns)
         sheet[y * 64:(y + 1) * 64, x * 64:(x + 1) * 64] = picture
     return Image.fromarray(sheet)
+
+
+def main() -> None:
+    from palp_fast.zoo import gates
+    from palp_fast.zoo.build import load_sprites
+    from palp_fast.zoo.judge import JUDGES, load
+
+    parser = argparse.ArgumentParser(description="Test a base model of the emoji-64 world.")
+    parser.add_argument("model", type=Path, help="diffusers folder")
+    parser.add_argument("--cache", type=Path, required=True, help="folder with the sprites, as of palp_fast.zoo.build")
+    parser.add_argument("--sheets", type=Path, help="folder for check.png and compositions.png")
+    parser.add_argument("--quick", action="store_true", help="60 of the 240 captions, and nothing else")
+    parser.add_argument("--judge", choices=tuple(JUDGES), default="emoji-64")
+    args = parser.parse_args()
+    count = 60 if args.quick else 240
+    results = run(args.model, World.load(), load_sprites(args.cache), args.sheets, count, args.judge)
+    print(gates.report(args.judge, load(args.judge).ceilings, results))
+
+
+if __name__ == "__main__":
+    main()

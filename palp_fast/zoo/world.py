@@ -86,6 +86,11 @@ class World:
         return World([Subject(**row) for row in data["subjects"]], [tuple(pair) for pair in data["withheld_pairs"]])
 
 
+def grounds(style: str) -> list[str]:
+    """Backgrounds on which a style can be seen."""
+    return [background for background in BACKGROUNDS if not (style == "line" and background in DARK)]
+
+
 def code_key(code: str) -> str:
     """Code points in one spelling for all sources: lower case, no leading zeros, no variation selector."""
     return "-".join(part.lstrip("0") for part in code.lower().split("-") if part != "fe0f")
