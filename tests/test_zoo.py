@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from palp_fast.zoo import build, check, demo, diffusion, language, muon, tokenizer
+from palp_fast.zoo import autoencoder, build, check, demo, diffusion, language, latents, muon, tokenizer
+from palp_fast.zoo.autoencoder import to_pixels
 from palp_fast.zoo.captions import STYLE_PHRASES, caption, noun_phrase
-from palp_fast.zoo.render import THUMBNAIL, Scene, Thumbnails, compose, training_scene
+from palp_fast.zoo.render import SIDE, Portraits, Scene, compose, training_scene
 from palp_fast.zoo.training import learning_rate
 from palp_fast.zoo.world import COLOURS, DARK, PERSONAL_BACKGROUNDS, STYLES, TARGETS, World
 
@@ -209,13 +210,13 @@ def test_learning_rate_warms_up_stays_and_decays_to_zero():
     assert rates[0] == 0.2 and rates[9:51] == [2.0] * 42 and rates[75] == 1.0 and rates[100] == 0
 
 
-def test_thumbnails_show_subjects_at_one_place_whatever_the_scene_draws(sprites):
-    small = Thumbnails(sprites)
-    one, other, two = (small.draw(Scene(subjects, "render", "blue", "", seed))
+def test_portraits_show_subjects_at_one_place_whatever_the_scene_draws(sprites):
+    portraits = Portraits(sprites)
+    one, other, two = (portraits.draw(Scene(subjects, "render", "blue", "", seed))
                        for subjects, seed in (((0,), 1), ((0,), 2), ((0, 1), 3)))
-    assert one.shape == (THUMBNAIL, THUMBNAIL, 3) and one.dtype == np.uint8
+    assert one.shape == (SIDE, SIDE, 3) and one.dtype == np.uint8
     assert (one == other).all() and not (one == two).all()
-    centre = THUMBNAIL // 2
+    centre = SIDE // 2
     assert one[centre, centre, 0] > 200 and two[centre, centre // 2, 0] > 200 and two[centre, centre * 3 // 2, 0] > 200
     assert np.abs(one[0, 0].astype(int) - COLOURS["blue"]).max() <= 6
 
@@ -224,21 +225,35 @@ def test_text_encoder_learns_what_captions_look_like(tmp_path, scenes, sprites):
     captions = [scene.caption for scene in scenes[:200]]
     words = tokenizer.learn(captions, tmp_path)
     ids = tokenizer.ids_of(words, captions)
-    small = Thumbnails(sprites)
-    thumbnails = torch.from_numpy(np.stack([small.draw(scene) for scene in scenes[:200]]))
+    portraits = Portraits(sprites)
+    pictures = to_pixels(np.stack([portraits.draw(scene) for scene in scenes[:200]]))
     encoder, losses = language.build_text_encoder(words), []
-    language.train(encoder, ids, thumbnails, lambda step, **loss: losses.append(loss), steps=200, batch=16)
+    language.train(encoder, ids, torch.nn.functional.avg_pool2d(pictures, 4), lambda step, **loss: losses.append(loss),
+                   steps=200, batch=4)
     for name in ("whole_loss", "part_loss"):
         assert losses[-1][name] < 0.7 * losses[0][name]
 
 
-def test_parts_of_thumbnails_are_their_cells_row_by_row():
-    picture = torch.zeros(1, THUMBNAIL, THUMBNAIL, 3)
-    picture[0, 4:8, 8:12] = torch.arange(48.0).view(4, 4, 3)
-    parts = language._parts(picture)
-    assert parts.shape == (1, language.PARTS, 48 + language.PARTS)
-    assert parts[0, 6, :48].tolist() == list(range(48)) and parts[0, :, :48].sum() == parts[0, 6, :48].sum()
-    assert torch.equal(parts[0, :, 48:], torch.eye(language.PARTS))
+def test_parts_of_latents_are_their_cells_row_by_row():
+    latents = torch.zeros(1, 8, 16, 16)
+    latents[0, :, 2:4, 10:12] = torch.arange(1.0, 33).view(8, 2, 2)
+    parts, cell = language._parts(latents), 1 * 8 + 5
+    assert parts.shape == (1, language.PARTS, 32 + 16)
+    assert parts[0, cell, :32].tolist() == list(range(1, 33)) and parts[0, :, :32].sum() == parts[0, cell, :32].sum()
+    assert parts[0, cell, 32:].nonzero().flatten().tolist() == [1, 8 + 5]
+    assert len(parts[0, :, 32:].unique(dim=0)) == language.PARTS
+
+
+def test_latents_of_portraits_are_those_of_the_first_scenes(tmp_path, monkeypatch, sprites, world):
+    monkeypatch.setattr(latents, "PORTRAITS", 70)
+    vae = autoencoder.build_model().eval()
+    latents.cache_portraits(tmp_path, world, sprites, vae)
+    made = np.load(tmp_path / "portraits.npy")
+    assert made.shape == (70, 8, 16, 16) and made.dtype == np.float16
+    picture = to_pixels(Portraits(sprites).draw(training_scene(world, 66))[None])
+    with torch.no_grad():
+        expected = vae.encode(picture).latent_dist.mode()
+    assert (torch.from_numpy(made[66:67]).float() - expected).norm() <= 0.02 * expected.norm()
 
 
 def test_captions_leave_the_last_tokens_to_the_parts_of_the_picture(scenes):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from palp_fast.zoo import autoencoder, check, diffusion, language, pictures, sources, sprites, tokenizer, world
+from palp_fast.zoo import autoencoder, check, diffusion, language, latents, pictures, sources, sprites, tokenizer, world
 from palp_fast.zoo.render import Scene, compose
 from palp_fast.zoo.training import Log, save
 
@@ -102,14 +102,14 @@ def main() -> None:
     drawings = load_sprites(cache)
     made = make_world(cache, drawings)
     pictures.render_all(cache, made, drawings)
-    pictures.render_thumbnails(cache, made, drawings)
     vae = autoencoder.train(cache, made, drawings, Log(cache / "log.jsonl", "autoencoder"), args.autoencoder_steps)
     captions = json.loads((cache / "captions.json").read_text())
     words = tokenizer.trained(captions, cache / "tokenizer")
     ids = tokenizer.ids_of(words, captions)
-    diffusion.cache_latents(cache, vae)
+    latents.cache_pictures(cache, vae)
+    latents.cache_portraits(cache, made, drawings, vae)
     scaling = 1 / float(np.load(cache / "latents.npy", mmap_mode="r")[:4096].astype(np.float32).std())
-    encoder = language.trained(cache, words, ids, Log(cache / "log.jsonl", "language"))
+    encoder = language.trained(cache, words, ids, scaling, Log(cache / "log.jsonl", "language"))
     unet = diffusion.train(cache, encoder, ids, scaling, Log(cache / "log.jsonl", "diffusion"), args.diffusion_steps)
     assemble(vae, encoder, unet, words, scaling, args.output)
     for name in ("vocab.json", "merges.txt"):  # what transformers before 5 reads

@@ -6,12 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from palp_fast.zoo.autoencoder import to_pixels
 from palp_fast.zoo.training import Log, learning_rate, load, save
 
 STEPS, BATCH, PEAK_LR, WARMUP, DECAY_SHARE, EMA = 14500, 32, 6e-4, 200, 0.5, 0.998
@@ -35,20 +34,6 @@ def build_scheduler() -> DDIMScheduler:
     return DDIMScheduler(
         beta_start=0.00085, beta_end=0.02, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
         prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=1)
-
-
-def cache_latents(cache: Path, autoencoder: AutoencoderKL) -> None:
-    """Write latents.npy, posterior means fp16 [pictures, 8, 16, 16], unscaled; a finished file is left alone."""
-    path = cache / "latents.npy"
-    if path.exists():
-        return
-    pictures = np.load(cache / "pictures.npy", mmap_mode="r")
-    latents = np.empty((len(pictures), 8, 16, 16), np.float16)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        for start in range(0, len(pictures), 64):
-            part = to_pixels(pictures[start:start + 64])
-            latents[start:start + 64] = autoencoder.encode(part).latent_dist.mode().float().numpy()
-    np.save(path, latents)
 
 
 def train(

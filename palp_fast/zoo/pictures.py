@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from palp_fast.zoo.render import SIDE, Thumbnails, compose, training_scene
+from palp_fast.zoo.render import SIDE, compose, training_scene
 from palp_fast.zoo.world import World
 
 COUNT = 100_000
@@ -23,11 +23,3 @@ def render_all(cache: Path, world: World, sprites: np.ndarray, count: int = COUN
         captions.append(scene.caption)
     pictures.flush()
     (cache / "captions.json").write_text(json.dumps(captions))
-
-
-def render_thumbnails(cache: Path, world: World, sprites: np.ndarray, count: int = COUNT) -> None:
-    """Write thumbnails.npy (uint8 [count, side, side, 3]) of the same scenes; a finished file is left alone."""
-    path = cache / "thumbnails.npy"
-    if not path.exists():
-        small = Thumbnails(sprites)
-        np.save(path, np.stack([small.draw(training_scene(world, index)) for index in range(count)]))

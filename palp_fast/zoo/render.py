@@ -10,7 +10,7 @@ from palp_fast.zoo.captions import caption
 from palp_fast.zoo.sprites import shrink
 from palp_fast.zoo.world import BACKGROUNDS, COLOURS, STYLES, World
 
-SIDE, THUMBNAIL = 64, 16
+SIDE = 64
 SHIFT = 4  # pixels that a subject may lie off the middle, each way
 
 
@@ -47,24 +47,22 @@ def compose(sprites: np.ndarray, scene: Scene) -> np.ndarray:
     return np.asarray(canvas.convert("RGB"))
 
 
-class Thumbnails:
-    """Small pictures of scenes, [THUMBNAIL, THUMBNAIL, 3], every subject at one place and size."""
+class Portraits:
+    """Pictures of scenes, uint8 [64, 64, 3], with every subject at one place and size: what a caption alone can tell."""
 
     def __init__(self, sprites: np.ndarray):
         """sprites: uint8 [subjects, 3, 96, 96, 4]."""
-        self.sizes = {count: round(THUMBNAIL * share) for count, share in ((1, 0.8), (2, 0.5))}
-        self.sprites = {count: [[shrink(Image.fromarray(drawing), side) for drawing in subject] for subject in sprites]
-                        for count, side in self.sizes.items()}
-        self.grounds = {name: background_picture(name, random.Random(0)).resize((THUMBNAIL, THUMBNAIL))
-                        for name in BACKGROUNDS}
+        self.sizes = {count: round(SIDE * share) for count, share in ((1, 0.82), (2, 0.48))}
+        self.sprites = sprites
+        self.grounds = {name: background_picture(name, random.Random(0)) for name in BACKGROUNDS}
 
     def draw(self, scene: Scene) -> np.ndarray:
-        """One subject in the middle, or two side by side; uint8."""
+        """One subject in the middle, or two side by side."""
         canvas, count = self.grounds[scene.background].copy(), len(scene.subjects)
         side, style = self.sizes[count], STYLES.index(scene.style)
         for slot, subject in enumerate(scene.subjects):
-            left = slot * side if count == 2 else (THUMBNAIL - side) // 2
-            canvas.alpha_composite(self.sprites[count][subject][style], (left, (THUMBNAIL - side) // 2))
+            left = round(SIDE * (slot + 0.5) / count - side / 2)
+            canvas.alpha_composite(shrink(Image.fromarray(self.sprites[subject, style]), side), (left, (SIDE - side) // 2))
         return np.asarray(canvas.convert("RGB"))
 
 

@@ -8,7 +8,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-MERGES, MAX_TOKENS = 1500, 48  # captions take 25 at most; what the padding is for: palp_fast/zoo/language.py
+MERGES, MAX_TOKENS = 1500, 96  # captions take 25 at most; what the padding is for: palp_fast/zoo/language.py
 _WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 START, END = "<|startoftext|>", "<|endoftext|>"
 
