@@ -13,7 +13,7 @@ from transformers import CLIPTextModel
 
 from palp_fast.zoo.training import Log, learning_rate, load, save
 
-STEPS, BATCH, PEAK_LR, WARMUP, DECAY_SHARE, EMA = 14500, 32, 6e-4, 200, 0.5, 0.998
+STEPS, BATCH, PEAK_LR, WARMUP, DECAY_SHARE, EMA = 21500, 32, 6e-4, 200, 0.5, 0.998
 
 
 def build_unet() -> UNet2DConditionModel:
