@@ -6,10 +6,15 @@ from itertools import accumulate
 import torch
 
 
+def alive():
+    """Bytes of all tensors that are there."""
+    gc.collect()
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors()}.values())
+
+
 def peak(function):
     """The most bytes alive while function() runs, those that are alive before included."""
-    gc.collect()
-    before = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors()}.values())
+    before = alive()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     events = [(event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events()

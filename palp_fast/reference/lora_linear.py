@@ -34,7 +34,8 @@ def lora_linear_ref(
     if residual is None:
         out = add_product(base, left, right)
     else:
-        total = (base.to(compute) + as_rows(residual)).addmm_(left, right)
+        total = base.to(compute) + as_rows(residual)
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))
         out = total.to(torch.promote_types(x.dtype, residual.dtype))
     return out.view(*x.shape[:-1], weight.shape[0])
 

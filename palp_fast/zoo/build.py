@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--warm-start", type=Path, help="finished model folder whose UNet is trained further")
     args = parser.parse_args()
     cache = args.cache
+    torch.set_flush_denormal(True)  # tiny gradients of rare words would slow every pass over them
     sources.fetch(cache)
     if args.warm_start:
         warm_start(args.warm_start, cache, args.autoencoder_steps)

@@ -44,7 +44,6 @@ def train(
     ids: token ids int64 [pictures, tokens]; scaling: factor that brings the cached latents to unit variance.
     """
     torch.manual_seed(0)
-    torch.set_flush_denormal(True)  # tiny gradients of rare words would slow every pass over them
     unet = build_unet().to(memory_format=torch.channels_last)
     unet.set_attn_processor(AttnProcessor())  # explicit products: faster than fused attention at 64 tokens
     average = copy.deepcopy(unet).requires_grad_(False)

@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder to write the judges to")
     parser.add_argument("--only", choices=tuple(JUDGES), help="train this one alone")
     args = parser.parse_args()
+    torch.set_flush_denormal(True)  # tiny gradients would slow every pass over them
     for name in [args.only] if args.only else JUDGES:
         build(name, args.cache, args.output)
 

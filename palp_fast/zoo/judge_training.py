@@ -182,7 +182,6 @@ def train(
     """
     encoder, seed = JUDGES[name]
     torch.manual_seed(seed)
-    torch.set_flush_denormal(True)
     words = scenes.words()
     net = JudgeNet(encoder, len(scenes.places), len(words)).to(memory_format=torch.channels_last)
     optimizer = Pair(net, excluded=("embed", "read_"))
