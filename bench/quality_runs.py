@@ -6,7 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -70,16 +70,24 @@ class Runs:
 
     def run(self) -> None:
         """Do what is not there yet."""
-        done, wanted = self._stored(), list(self.wanted())
+        done = self._stored()
+        wanted = [run for run in self.wanted() if self.digest(run) not in done]
         self.folder.mkdir(parents=True, exist_ok=True)
-        for number, run in enumerate(wanted, 1):
-            if self.digest(run) in done:
-                continue
-            prompt = TARGETS[run.target][0]
-            print(f"{number} of {len(wanted)}: {run.subject}, {prompt!r}, {run.method}, seed {run.seed}", flush=True)
-            rows = self._base_rows(run) if run.method == BASE else self._training_rows(run)
+        while wanted:
+            runs = self._sharing_one_training(wanted)
+            prompts = ", ".join(repr(TARGETS[run.target][0]) for run in runs)
+            print(f"{len(wanted)} left: {runs[0].subject}, {prompts}, {runs[0].method}, seed {runs[0].seed}", flush=True)
+            rows = self._base_rows(runs[0]) if runs[0].method == BASE else self._training_rows(runs)
             with self.rows_path.open("a") as file:  # after a blank line, lest a line that a kill cut short spoil it
                 file.write("\n" + "".join(json.dumps(row) + "\n" for row in rows))
+            wanted = [run for run in wanted if run not in runs]
+
+    def _sharing_one_training(self, wanted: list[Run]) -> list[Run]:
+        """The first run, and with DreamBooth, which never sees the target, the same training's of the other targets."""
+        first = wanted[0]
+        if first.method == BASE or self.plan.methods[first.method]["method"] != "dreambooth":
+            return [first]
+        return [run for run in wanted if replace(run, target=first.target) == first]
 
     def digest(self, run: Run) -> str:
         """Of all that decides a run's rows: model weights, settings, sampling, judges."""
@@ -119,23 +127,25 @@ class Runs:
         pipeline = load_components(self.plan.model, dtype=torch.float32, device=device).pipeline()
         return [self._row(run, 0, self._draw(pipeline, self.clean_prompt(run), run.seed))]
 
-    def _training_rows(self, run: Run) -> list[dict]:
-        plan, rows = self.plan, []
+    def _training_rows(self, runs: list[Run]) -> list[dict]:
+        """Rows of one training, for every run in `runs`; they differ in their targets alone."""
+        plan, rows, first = self.plan, {run: [] for run in runs}, runs[0]
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(TrainConfig(
-                **plan.settings | plan.methods[run.method], model=plan.model, images=self.photos(run.subject),
-                class_noun=self.world.named(run.subject).class_noun, prompt=TARGETS[run.target][0], token=TOKEN,
-                steps=max(plan.steps), seed=run.seed, output_dir=folder, checkpoint_every=0))
+                **plan.settings | plan.methods[first.method], model=plan.model, images=self.photos(first.subject),
+                class_noun=self.world.named(first.subject).class_noun, prompt=TARGETS[first.target][0], token=TOKEN,
+                steps=max(plan.steps), seed=first.seed, output_dir=folder, checkpoint_every=0))
             pipeline, seconds = trainer.components.pipeline(), 0.0
             for metrics in trainer:
                 seconds += metrics["seconds"]
-                if trainer.step not in plan.steps:
-                    continue
-                prompt = fill(TARGETS[run.target][0], {"[V]": TOKEN})
-                row = self._row(run, trainer.step, self._draw(pipeline, prompt, run.seed))
-                rows.append(row | {"train_seconds": round(seconds, 2), "token_norm": metrics["token_norm"]})
-            rows[-1]["photo"] = self._photo_identity(run, pipeline)
-        return rows
+                for run in runs if trainer.step in plan.steps else ():
+                    prompt = fill(TARGETS[run.target][0], {"[V]": TOKEN})
+                    row = self._row(run, trainer.step, self._draw(pipeline, prompt, run.seed))
+                    rows[run].append(row | {"train_seconds": round(seconds, 2), "token_norm": metrics["token_norm"]})
+            photo = self._photo_identity(first, pipeline)
+        for run in runs:
+            rows[run][-1]["photo"] = photo
+        return [row for run in runs for row in rows[run]]
 
     def _draw(self, pipeline, prompt: str, seed: int) -> list[Image.Image]:
         """The same noise for every method, subject and step."""

@@ -144,11 +144,20 @@ def test_a_tiny_run_from_training_to_report(cache, tmp_path, capsys):
         (output / "rows.jsonl").write_text("\n".join(lines)[:-40])
         capsys.readouterr()
         quality.main(arguments)
-        assert "3 of 3" in (printed := capsys.readouterr().out) and "1 of 3" not in printed and "2 of 3" not in printed
+        assert "1 left" in (printed := capsys.readouterr().out) and "2 left" not in printed
         again = [json.loads(line) for line in (output / "rows.jsonl").read_text().splitlines() if line.endswith("}")]
         seconds = "train_seconds"
         assert {key: value for key, value in again[-1].items() if key != seconds} == {
             key: value for key, value in json.loads(lines[-1]).items() if key != seconds}
+        # DreamBooth never sees the target: one training gives the rows of all, the same as one for each.
+        quality.main(arguments[:-8] + ["--target", "0", "--method", "dreambooth", *arguments[-4:],
+                                       "--output", str(tmp_path / "both")])
+        assert capsys.readouterr().out.count("dreambooth, seed 0") == 1
+        both = [json.loads(line) for line in (tmp_path / "both" / "rows.jsonl").read_text().splitlines() if line]
+        joint, alone = ([{key: value for key, value in row.items() if key != seconds} for row in rows
+                         if (row["method"], row["target"]) == ("dreambooth", 3)]
+                        for rows in (both, [json.loads(line) for line in lines]))
+        assert joint == alone and len(joint) == 2
     assert (output / "report.md").read_text().count("| palp | 2 |") == len(available())
     assert Image.open(output / "sheet-3.png").size == (64 * 8, 16 + 64)
     assert (output / "curves-emoji-64.png").exists()

@@ -13,6 +13,8 @@ from palp_fast.zoo import autoencoder, build, check, demo, diffusion, language, 
 from palp_fast.zoo.autoencoder import to_pixels
 from palp_fast.zoo.captions import STYLE_PHRASES, caption, noun_phrase
 from palp_fast.zoo.render import SIDE, Portraits, Scene, compose, training_scene
+from palp_fast.zoo.sprites import TYPICAL
+from palp_fast.zoo.sprites import typical as find_typical
 from palp_fast.zoo.training import learning_rate
 from palp_fast.zoo.world import COLOURS, DARK, PERSONAL_BACKGROUNDS, STYLES, TARGETS, World
 
@@ -57,6 +59,39 @@ def test_class_nouns_have_at_least_8_seen_members(world):
     counts = Counter(subject.class_noun for subject in world.having("seen"))
     assert min(counts.values()) >= 8 and 30 <= len(counts) <= 45
     assert {subject.class_noun for subject in world.having("development", "acceptance")} <= counts.keys()
+
+
+def test_four_seen_members_stand_for_each_class_noun(world):
+    typical = [subject for subject in world.subjects if subject.typical]
+    assert {subject.role for subject in typical} == {"seen"}
+    counts = Counter(subject.class_noun for subject in typical)
+    assert set(counts.values()) == {TYPICAL} and counts.keys() == {s.class_noun for s in world.having("seen")}
+
+
+def test_only_typical_subjects_are_called_by_their_class_noun_alone(world, scenes):
+    said = Counter()
+    for scene in scenes:
+        subject = world.subjects[scene.subjects[0]]
+        if len(scene.subjects) == 1 and scene.caption and subject.class_noun not in subject.name:
+            words = f" {scene.caption.replace(',', '')} "
+            short = f" {noun_phrase(subject.class_noun)} " in words
+            assert short != (f" {noun_phrase(subject.name)} " in words), scene
+            said[subject.typical, short] += 1
+    assert said[False, True] == 0 and said[False, False] > 1000
+    assert 0.5 < said[True, True] / (said[True, True] + said[True, False]) < 0.7
+
+
+def test_typical_members_are_alike_and_unlike_the_rest(world):
+    """Every class noun has four equal members, which others are not: exactly these stand for it."""
+    draw = np.random.default_rng(0)
+    sprites = draw.integers(0, 256, (len(world.subjects), 3, 96, 96, 4), dtype=np.uint8)
+    sprites[..., 3] = 255
+    planted = set()
+    for noun in {subject.class_noun for subject in world.having("seen")}:
+        places = [i for i, s in enumerate(world.subjects) if s.class_noun == noun and s.role == "seen"][-TYPICAL:]
+        sprites[places] = np.kron(draw.integers(0, 256, (3, 12, 12, 1)), np.ones((8, 8, 4))).astype(np.uint8)
+        planted |= {world.subjects[place].name for place in places}
+    assert find_typical(sprites, world) == planted
 
 
 def test_training_shows_no_held_out_subject_and_no_withheld_cell(world, scenes):

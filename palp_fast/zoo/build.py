@@ -35,6 +35,9 @@ def make_world(cache: Path, drawings: np.ndarray) -> world.World:
     subjects = world.join(cache)
     overlap = {subject.name: sprites.overlap(drawings[place]) for place, subject in enumerate(subjects)}
     made = world.split(subjects, overlap)
+    stand_ins = sprites.typical(drawings, made)
+    for subject in made.subjects:
+        subject.typical = subject.name in stand_ins
     if made != world.World.load():
         raise RuntimeError("the sources no longer give the committed world.json")
     return made

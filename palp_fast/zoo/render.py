@@ -8,9 +8,10 @@ from PIL import Image
 
 from palp_fast.zoo.captions import caption
 from palp_fast.zoo.sprites import shrink
-from palp_fast.zoo.world import BACKGROUNDS, COLOURS, STYLES, World
+from palp_fast.zoo.world import BACKGROUNDS, COLOURS, STYLES, Subject, World
 
 SIDE = 64
+CLASS_NOUNS = 0.6  # share of a typical subject's captions that say its class noun alone
 SHIFT = 4  # pixels that a subject may lie off the middle, each way
 
 
@@ -75,9 +76,14 @@ def training_scene(world: World, index: int, seed: int = 0) -> Scene:
         style, background = draw.choice(STYLES), draw.choice(BACKGROUNDS)
         if world.allows(style, background) and all(subject.withheld_style != style for _, subject in chosen):
             break
-    nouns = [subject.class_noun if draw.random() < 0.3 else subject.name for _, subject in chosen]
+    nouns = [_noun(subject, draw.random()) for _, subject in chosen]
     words = caption(style, nouns, background, draw)
     return Scene(tuple(place for place, _ in chosen), style, background, words, draw.getrandbits(32))
+
+
+def _noun(subject: Subject, draw: float) -> str:
+    """What a caption calls a subject: many say only "a bird" of a typical bird, none of a penguin; draw in [0, 1)."""
+    return subject.class_noun if subject.typical and draw < CLASS_NOUNS else subject.name
 
 
 def _day_sky(draw: random.Random) -> np.ndarray:

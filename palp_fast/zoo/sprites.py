@@ -8,9 +8,10 @@ import numpy as np
 from PIL import Image
 
 from palp_fast.zoo.sources import folder
-from palp_fast.zoo.world import STYLES, Subject, code_key, icon_names
+from palp_fast.zoo.world import STYLES, Subject, World, code_key, icon_names
 
 SIDE = 96
+TYPICAL = 4  # members of a class noun that stand for it
 
 
 def rasterise(cache: Path, subjects: list[Subject]) -> np.ndarray:
@@ -32,6 +33,35 @@ def overlap(sprite: np.ndarray) -> float:
     """Intersection over union of the 3d and the flat silhouette of one subject, sprite [3, 96, 96, 4]."""
     render, flat = sprite[0, ..., 3] > 127, sprite[1, ..., 3] > 127
     return float((render & flat).sum() / max((render | flat).sum(), 1))
+
+
+def typical(drawings: np.ndarray, world: World) -> set[str]:
+    """Names of the seen subjects that captions may call by their class noun alone: TYPICAL of each class noun.
+
+    A seen subject and its nearest of the same class noun, where the mean distance within the group is least compared
+    with that to each member's five nearest of other class nouns: like each other, unlike the rest.
+    drawings: uint8 [subjects of the world, 3, 96, 96, 4].
+    """
+    places = [place for place, subject in enumerate(world.subjects) if subject.role == "seen"]
+    looks = np.stack([_look(drawings[place]) for place in places])
+    products = looks @ looks.T
+    distance = np.sqrt(np.maximum(products.diagonal()[:, None] + products.diagonal() - 2 * products, 0))
+    nouns = np.array([world.subjects[place].class_noun for place in places])
+    found = set()
+    for noun in sorted(set(nouns)):
+        own, others = np.flatnonzero(nouns == noun), np.flatnonzero(nouns != noun)
+        groups = [own[np.argsort(row, kind="stable")[:TYPICAL]] for row in distance[np.ix_(own, own)]]
+        apart = np.sort(distance[:, others], axis=1)[:, :5].mean(1)
+        ratios = [distance[np.ix_(group, group)].mean() / apart[group].mean() for group in groups]
+        found.update(world.subjects[places[member]].name for member in groups[int(np.argmin(ratios))])
+    return found
+
+
+def _look(sprite: np.ndarray) -> np.ndarray:
+    """One subject's three sprites at 12 x 12, colours times alpha, as one vector."""
+    pixels = sprite.astype(np.float32) / 255
+    pixels[..., :3] *= pixels[..., 3:]
+    return pixels.reshape(len(STYLES), 12, SIDE // 12, 12, SIDE // 12, 4).mean((2, 4)).ravel()
 
 
 def _renders(cache: Path):

@@ -50,6 +50,7 @@ class Subject:
     iou: float = 1.0  # overlap of the 3d and the flat silhouette
     twin_of: str | None = None
     withheld_style: str | None = None
+    typical: bool = False  # whether captions may say its class noun alone
 
 
 @dataclass
