@@ -19,9 +19,9 @@ from palp_fast.zoo.training import Log, learning_rate, load
 from palp_fast.zoo.training import save as save_checkpoint
 from palp_fast.zoo.world import BACKGROUNDS, STYLES, TARGETS, World, grounds
 
-STEPS, BATCH, PEAK_LR = 2000, 64, 3e-3
+STEPS, BATCH, PEAK_LR = 3200, 64, 3e-3
 PAIRS, HALF = 0.2, 0.6  # share of scenes with two subjects, and of those the share that shows only one half
-WEIGHTS = {"style": 4.0}  # of the losses, where not 1: a flat drawing and a render can be hard to tell apart
+WEIGHTS = {"style": 6.0}  # of the losses, where not 1: a flat drawing and a render can be hard to tell apart
 NOISE, BLUR = 0.15, (0.3, 1.0)  # most noise on [-1, 1], standard deviation of the blur in pixels
 POOL, POOL_STRIDE = 8192, 2  # autoencoder round trips, and every how manieth picture of a batch is one of them
 EVERY = 50  # steps between checkpoints
