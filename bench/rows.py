@@ -150,7 +150,7 @@ def write(name: str, made: list, folder: Path = FOLDER) -> Path:
 
 
 def read(kind: type[Kind], prefix: str = "", folder: Path = FOLDER) -> list[Kind]:
-    """The rows of every file whose columns are those of `kind`, of each case the last run, in the order of the files."""
+    """The rows of every file whose columns are those of `kind`, of each case the last run, in the files' order."""
     names = [field.name for field in fields(kind)]
     found = {}
     for path in sorted(folder.glob(f"{prefix}*.csv")):

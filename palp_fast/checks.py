@@ -135,6 +135,12 @@ def no_zero(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} has a 0: allowed are other values alone")
 
 
+def one_for_each(name: str, value: Tensor, chosen: Tensor, what: str, index: Tensor) -> None:
+    """value [B] is chosen[index], where that can be read: one value for each `what`, of which index [B] says which."""
+    if _can_read(value) and _can_read(index) and not torch.equal(chosen[index], value):
+        raise ValueError(f"{name} has several values for one {what}: allowed is one for each")
+
+
 def has_values(value: Tensor) -> bool:
     """Whether there are values, on any device: none while a graph is traced."""
     traced = torch.compiler.is_compiling() or type(value) is not Tensor

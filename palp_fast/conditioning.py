@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -92,24 +93,46 @@ def check_prompts(tokenizers: list, cfg) -> dict[str, list[list[int]]]:
     """Token ids (one list per tokenizer) of every prompt by name; `tokenizers` hold the new tokens (add_tokens).
 
     Raises ConfigError for a prompt longer than the tokenizer's limit, and where new tokens are not found exactly in the
-    places of the placeholders (a token that is also part of another word). Only NFSD's own negative prompt, which
-    nobody typed, is cut to the limit.
+    places of the placeholders (a token that is also part of another word). Warns of one longer than the model draws
+    well from. Only NFSD's own negative prompt, which nobody typed, is cut to what fits.
     """
     checked = {}
     for name, text in prompts_of(cfg).items():
         field = {"y": "prompt", "y_c": "clean_prompt", "negative": "negative_prompt"}.get(name, "subject_prompt")
         expected = _new_words(name, cfg)
-        cut = text == NFSD_NEGATIVE_PROMPT
-        checked[name] = [tokenizer(text, truncation=cut, verbose=False).input_ids for tokenizer in tokenizers]
+        checked[name] = [_ids(tokenizer, text) for tokenizer in tokenizers]
         for tokenizer, ids in zip(tokenizers, checked[name]):
             if len(ids) > tokenizer.model_max_length:
                 raise ConfigError(f"{field}: {text!r} has {len(ids)} tokens with start and end; "
                                   f"the model reads at most {tokenizer.model_max_length}")
+            warn_of_length(field, text, ids, tokenizer)
             first_id = tokenizer.convert_tokens_to_ids(cfg.subjects[0].token)
             if [i for i in ids if i >= first_id] != tokenizer.convert_tokens_to_ids(expected):
                 raise ConfigError(f"token: a new token is also part of another word in {field} {text!r}; "
                                   "choose a token that occurs nowhere else")
     return checked
+
+
+def warn_of_length(field: str, text: str, ids: list[int], tokenizer) -> None:
+    """Warns if a prompt's token ids are more than its model draws well from, `prompt_tokens` of the tokenizer."""
+    if len(ids) > (most := _most_tokens(tokenizer)):
+        warnings.warn(f"{field}: {text!r} has {len(ids)} tokens with start and end; this model draws well from at most "
+                      f"{most}", stacklevel=3)
+
+
+def _most_tokens(tokenizer) -> int:
+    """How many tokens of a prompt leave alone the padding in which a text encoder may hold a picture's parts.
+
+    tokenizer_config.json says so as `prompt_tokens` (emoji-64: palp_fast/zoo/language.py); else all that fit.
+    """
+    return tokenizer.init_kwargs.get("prompt_tokens", tokenizer.model_max_length)
+
+
+def _ids(tokenizer, text: str) -> list[int]:
+    """Token ids of a prompt; NFSD's own negative prompt cut to what fits."""
+    if text == NFSD_NEGATIVE_PROMPT:
+        return tokenizer(text, truncation=True, max_length=_most_tokens(tokenizer)).input_ids
+    return tokenizer(text, verbose=False).input_ids
 
 
 def _new_words(name, cfg):
@@ -148,10 +171,15 @@ def _starting_rows(table, noun, vectors, generator):
 
 def tokenize(tokenizers: list, texts: list[str]) -> list[torch.Tensor]:
     """Token ids [P, L] of P prompts for each text encoder, padded as diffusers' pipelines pad them."""
-    return [
-        t(texts, padding="max_length", max_length=t.model_max_length, truncation=True, return_tensors="pt").input_ids
-        for t in tokenizers
-    ]
+    return [torch.tensor([_padded(tokenizer, text) for text in texts]) for tokenizer in tokenizers]
+
+
+def _padded(tokenizer, text: str) -> list[int]:
+    most = tokenizer.model_max_length
+    if text == NFSD_NEGATIVE_PROMPT:
+        ids = _ids(tokenizer, text)
+        return ids + [tokenizer.pad_token_id] * (most - len(ids))
+    return tokenizer(text, padding="max_length", max_length=most, truncation=True).input_ids
 
 
 def encode(components, texts: str | list[str]) -> Condition:

@@ -38,9 +38,9 @@ def evaluate(
 
     images, references: a folder, paths or PIL images. prompt: the clean target prompt (class noun, no placeholder).
     encoder: a CLIP folder or hub id, an object as Encoder, or a judge of the emoji-64 world, "emoji-64" or
-    "emoji-64-second" (palp_fast/zoo/judge.py), which knows no other pictures. Returns, for a prompt, "text_alignment" (mean over
-    images of cos(image, prompt)) and "text_alignment_per_image"; for references, "image_alignment" (each image's mean
-    cos to all references, then the mean over images) and "image_alignment_per_image".
+    "emoji-64-second" (palp_fast/zoo/judge.py), which knows no other pictures. Returns, for a prompt, "text_alignment"
+    (mean over images of cos(image, prompt)) and "text_alignment_per_image"; for references, "image_alignment" (each
+    image's mean cos to all references, then the mean over images) and "image_alignment_per_image".
     Raises ConfigError when neither is given, DataError for unreadable images.
     """
     if prompt is None and references is None:

@@ -11,6 +11,7 @@ from diffusers.utils import is_peft_available
 from PIL import Image
 from safetensors.torch import load_file
 
+from .conditioning import warn_of_length
 from .errors import ConfigError
 from .export import load_lora
 from .models import load_components
@@ -52,6 +53,9 @@ def generate(
         dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
     pipeline = load_components(model, dtype=dtype, device=torch.device(device)).pipeline()
     apply_files(pipeline, lora, embedding, lora_strength=lora_strength)
+    for field, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        words = pipeline.maybe_convert_prompt(text, pipeline.tokenizer)
+        warn_of_length(field, text, pipeline.tokenizer(words, verbose=False).input_ids, pipeline.tokenizer)
     options = {"negative_prompt": negative_prompt, "height": height, "width": width, "batch_size": batch_size}
     return sample(pipeline, prompt, n=n, steps=steps, guidance_scale=guidance_scale, seed=seed, **options)
 

@@ -149,7 +149,7 @@ class FlatOptimizer(torch.optim.Optimizer):
             rule(state.params, some, shadows, state.steps, *moments, verdict.to(state.device), rates, state.size)
 
     def _table_for(self, states: list[tuple[int, FlatState]]) -> StepTable | None:
-        """The tables of the compiled step, or None where the reference must serve. `_states` drops what does not fit."""
+        """The tables of the compiled step, None where the reference must serve. `_states` drops what does not fit."""
         if self._table is None:
             device = states[0][1].device
             flat = [state for _, state in states]

@@ -52,7 +52,8 @@ class FlatState:
         """Raises ValueError if a parameter has another number of elements than when this state was made."""
         for index, (param, count) in enumerate(zip(self.params, self.sizes)):
             if param.numel() != count:
-                raise ValueError(f"parameter {index} has {param.numel()} elements: allowed are {count}, as in its state")
+                given = f"parameter {index} has {param.numel()} elements"
+                raise ValueError(f"{given}: allowed are {count}, as in its state")
 
     def adopt(self, index: int, state: dict[str, Tensor]) -> None:
         """Copy saved state of one parameter. Raises ValueError if it is of another layout."""

@@ -35,7 +35,6 @@ class Plan:
         ids = {name: " ".join(map(str, per_encoder)) for name, per_encoder in self.token_ids.items()}
         return "\n".join(f"{name:<{width}}  {text!r}  {ids[name]}" for name, text in self.prompts.items())
 
-
     def estimate(self) -> Choice:
         """Memory mode and estimate, also of a mode that was asked for."""
         return self.choice or _choice(self.config, self.resolution)

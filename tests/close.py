@@ -65,5 +65,5 @@ def assert_as_good(actual: Tensor, peer: Tensor, truth: Tensor, floor: float, na
 
 
 def cancellation(terms: Tensor, left: Tensor) -> float:
-    """|terms| / |left|, at least 1: the factor by which a sum of `terms`, of which `left` is left, is less exact than they."""
+    """|terms| / |left|, at least 1: how much less exact a sum of `terms`, of which `left` is left, is than they."""
     return max(1.0, (terms.double().norm() / left.double().norm()).item())

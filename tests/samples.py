@@ -195,5 +195,5 @@ def tensors(value) -> list[torch.Tensor]:
 
 
 def registered() -> set[str]:
-    names = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("palp_fast::")}
-    return {name.partition(".")[0] for name in names}
+    parts = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())
+    return {name.partition(".")[0] for library, _, name in parts if library == "palp_fast"}

@@ -55,4 +55,5 @@ def test_tensors_elsewhere_are_refused(name, change):
 def test_step_by_address_is_refused_elsewhere():
     words = torch.zeros(12, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="tensors is not on a cuda device"):
-        on_cuda("optimizer_step", (0, words, words, torch.zeros(1, 5).double(), words.int(), words, words[0], None, None, 1.0))
+        rates = torch.zeros(1, 5).double()
+        on_cuda("optimizer_step", (0, words, words, rates, words.int(), words, words[0], None, None, 1.0))

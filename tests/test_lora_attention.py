@@ -75,7 +75,8 @@ def test_small_update_survives_16_bits():
 def test_another_provider_computes_the_same():
     layer = Layer("self")
     weights = PF.AttentionWeights.pack(layer.weights, layer.lora, layer.bias, cross=False)
-    ours, other = (PF.lora_attention(layer.inputs["x"], None, weights, HEADS, provider=name) for name in ("auto", "sdpa"))
+    x = layer.inputs["x"]
+    ours, other = (PF.lora_attention(x, None, weights, HEADS, provider=name) for name in ("auto", "sdpa"))
     assert_close(other, ours, 1e-5)
 
 
@@ -95,6 +96,8 @@ def test_another_provider_computes_the_same():
     ("self", {"provider": "none"}, ValueError, "provider='none'.*: allowed are 'auto'"),
     ("self", {"lora_scale": torch.ones(2)}, ValueError, r"lora_scale has shape \[2\]"),
     ("cross", {"lora_scale": torch.ones(2), "kv_index": SHARED}, ValueError, r"lora_scale has shape \[2\]"),
+    ("cross", {"context": torch.zeros(2, 4, CONTEXT), "kv_index": SHARED, "lora_scale": torch.tensor([0.0, 1.0, 0.5])},
+     ValueError, "lora_scale has several values for one prompt of kv_index"),
     ("self", {"residual": torch.zeros(3, 5, 1)}, ValueError, r"residual has shape \[3, 5, 1\]"),
     ("self", {"backend": "cpu"}, RuntimeError, "backend='cpu' cannot serve"),
 ])

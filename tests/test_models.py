@@ -17,8 +17,9 @@ def folders(tmp_path_factory):
 def test_references(folders, tmp_path):
     assert models.resolve(str(folders["sd"])) == folders["sd"]
     assert models.resolve("owner/name-1.5") == "owner/name-1.5"
-    for wrong, words in [("emoji_64", "did you mean 'emoji-64'"), ("nowhere", "emoji-64"), (str(tmp_path), "model_index"),
-                         ("./no/such/folder", "unknown"), ("no/such.safetensors", "unknown")]:
+    for wrong, words in [
+            ("emoji_64", "did you mean 'emoji-64'"), ("nowhere", "emoji-64"), (str(tmp_path), "model_index"),
+            ("./no/such/folder", "unknown"), ("no/such.safetensors", "unknown")]:
         with pytest.raises(ConfigError, match=f"model:.*{words}"):
             models.resolve(wrong)
 

@@ -1,4 +1,4 @@
-"""8-bit optimizers against fp64, against each other's implementations, and over hundreds of steps against their peers."""
+"""8-bit optimizers against fp64, each other's implementations, and over hundreds of steps against their peers."""
 
 import pytest
 import torch

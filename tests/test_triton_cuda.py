@@ -1,4 +1,4 @@
-"""The Triton kernels on a card at sizes of SD1.x: errors, repeatability, CUDA graphs. On the CPU the same on references."""
+"""The Triton kernels on a card at sizes of SD1.x: errors, repeatability, CUDA graphs. On the CPU by references."""
 
 import pytest
 import torch

@@ -32,8 +32,9 @@ def lora_attention(
 
     x: [B, N, d], makes q; k and v come from x (context None: self-attention), from context [P, M, d_c], the distinct
     prompts, or are given as kv, two of [P, M, d], without a low-rank term. kv_index: [B] int64, which prompt a row
-    attends to; None: its own, P = B. lora_scale: a float, or [B]; rows that share a prompt must then share the factor,
-    for that prompt's k and v have it, too. softmax_scale: None is (d / heads)^-0.5. residual: [B, N, d], added.
+    attends to; None: its own, P = B. lora_scale: a float, or [B]; rows that share a prompt of context must then share
+    the factor, for that prompt's k and v have it, too (on the CPU that is checked). softmax_scale: None is
+    (d / heads)^-0.5. residual: [B, N, d], added.
 
     Returns [B, N, d] in the dtype of x (under autocast: the autocast dtype), or in that of residual if it is wider.
     Gradients to x, context, kv, residual and every LoRA factor, those of a prompt summed over its rows; to no weight.
@@ -73,7 +74,9 @@ def _per_prompt(lora_scale: float | Tensor, kv_index: Tensor | None, context: Te
     """The factor of every prompt: that of its rows."""
     if kv_index is None or not isinstance(lora_scale, Tensor):
         return lora_scale
-    return lora_scale.new_zeros(context.shape[0]).scatter(0, kv_index, lora_scale)
+    factors = lora_scale.new_zeros(context.shape[0]).scatter(0, kv_index, lora_scale)
+    checks.one_for_each("lora_scale", lora_scale, factors, "prompt of kv_index", kv_index)
+    return factors
 
 
 def _attended(inputs, kv, kv_index, heads, softmax_scale, provider, backend) -> Tensor:

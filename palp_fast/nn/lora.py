@@ -33,8 +33,8 @@ class LoRALinear(FrozenWeight, nn.Linear):
     """A frozen nn.Linear with a trainable low-rank term in fp32.
 
     forward: x [..., d_in] -> [..., d_out] = x W^T + bias + lora_scale (lora_alpha / rank) (x A^T) B^T.
-    The weight, quantised or not, and bias are those of `base`, not copies, under the same names. lora_a [rank, d_in] starts as peft's
-    (uniform within 1 / sqrt(d_in), from `generator`), lora_b [d_out, rank] as zero.
+    The weight, quantised or not, and bias are those of `base`, not copies, under the same names. lora_a [rank, d_in]
+    starts as peft's (uniform within 1 / sqrt(d_in), from `generator`), lora_b [d_out, rank] as zero.
     """
 
     def __init__(self, base, rank, lora_alpha=None, *, scale=None, generator=None, backend="auto"):

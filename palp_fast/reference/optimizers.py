@@ -15,7 +15,7 @@ MOST = torch.finfo(torch.float32).max
 def grad_norm_ref(
     grads: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None, max_norm: float
 ) -> tuple[Tensor, Tensor]:
-    """(norm of all gradients over grad_scale, 0-d; verdict [2]: factor on all gradients, 1 if they are finite), fp32."""
+    """(norm of all gradients over grad_scale, 0-d; verdict [2]: factor on all gradients, 1 if finite), fp32."""
     # fp64: the square of a large but finite fp32 gradient must not overflow.
     norms = [torch.linalg.vector_norm(grad.to(torch.float32), dtype=torch.float64) for grad in grads]
     norm = torch.linalg.vector_norm(torch.stack(norms))

@@ -29,8 +29,8 @@ _LEAST = 1e-38  # in place of the scale of a block of zeros, where a code is fou
 def quantise_ref(rows: Tensor, form: str) -> tuple[Tensor, Tensor]:
     """rows [d_out, width] -> codes and their scale.
 
-    int8 [d_out, width] and [d_out], or uint8 [d_out, 32 blocks] and [d_out, blocks]. A row or block of zeros has scale 0.
-    What is not finite gives a scale that is not.
+    int8 [d_out, width] and [d_out], or uint8 [d_out, 32 blocks] and [d_out, blocks]. A row or block of zeros has
+    scale 0. What is not finite gives a scale that is not.
     """
     return _int8(rows.to(torch.float32)) if form == "int8" else _nf4(rows.to(torch.float32))
 

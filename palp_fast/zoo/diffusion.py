@@ -84,7 +84,7 @@ def train(
 
 
 def _demand_gradients(unet: UNet2DConditionModel) -> None:
-    """Raise unless every parameter has a gradient: compiled on a CPU by torch 2.13, 280 of them got zeros, unnoticed."""
+    """Raise unless every parameter has a gradient: compiled on a CPU by torch 2.13, 280 had zeros, unnoticed."""
     without = [name for name, weight in unet.named_parameters() if weight.grad is None or not weight.grad.any()]
     if without:
         raise RuntimeError(f"{len(without)} parameters of the UNet get no gradient, the first of them {without[0]}")

@@ -49,7 +49,7 @@ def compose(sprites: np.ndarray, scene: Scene) -> np.ndarray:
 
 
 class Portraits:
-    """Pictures of scenes, uint8 [64, 64, 3], with every subject at one place and size: what a caption alone can tell."""
+    """Pictures of scenes, uint8 [64, 64, 3], every subject at one place and size: what a caption alone can tell."""
 
     def __init__(self, sprites: np.ndarray):
         """sprites: uint8 [subjects, 3, 96, 96, 4]."""
@@ -63,7 +63,8 @@ class Portraits:
         side, style = self.sizes[count], STYLES.index(scene.style)
         for slot, subject in enumerate(scene.subjects):
             left = round(SIDE * (slot + 0.5) / count - side / 2)
-            canvas.alpha_composite(shrink(Image.fromarray(self.sprites[subject, style]), side), (left, (SIDE - side) // 2))
+            drawing = shrink(Image.fromarray(self.sprites[subject, style]), side)
+            canvas.alpha_composite(drawing, (left, (SIDE - side) // 2))
         return np.asarray(canvas.convert("RGB"))
 
 

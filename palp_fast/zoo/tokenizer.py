@@ -8,14 +8,19 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from palp_fast.zoo.language import PARTS
+
 MERGES, MAX_TOKENS = 1500, 96  # captions take 25 at most; what the padding is for: palp_fast/zoo/language.py
+PROMPT_TOKENS = MAX_TOKENS - PARTS  # palp_fast.conditioning warns of longer prompts
 _WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def trained(captions: list[str], folder: Path) -> CLIPTokenizer:
     """The tokenizer in `folder`, learned there from the captions if it is not yet."""
-    return CLIPTokenizer.from_pretrained(folder) if (folder / "vocab.json").exists() else learn(captions, folder)
+    if not (folder / "vocab.json").exists():
+        return learn(captions, folder)
+    return CLIPTokenizer.from_pretrained(folder, prompt_tokens=PROMPT_TOKENS)
 
 
 def learn(captions: list[str], folder: Path) -> CLIPTokenizer:
@@ -35,7 +40,8 @@ def learn(captions: list[str], folder: Path) -> CLIPTokenizer:
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
     tokenizer = CLIPTokenizer.from_pretrained(
-        folder, model_max_length=MAX_TOKENS, bos_token=START, eos_token=END, unk_token=END, pad_token=END)
+        folder, model_max_length=MAX_TOKENS, prompt_tokens=PROMPT_TOKENS, bos_token=START, eos_token=END, unk_token=END,
+        pad_token=END)
     tokenizer.save_pretrained(folder)
     return tokenizer
 
