@@ -49,13 +49,14 @@ def image(name: str, value: Tensor) -> None:
 
 def image_like(name: str, value: Tensor, like: Tensor) -> None:
     """A floating tensor of the shape and on the device of `like`."""
-    floating(name, value)
-    _shape(name, value, like.shape)
-    _device(name, value, like)
+    table(name, value, like.shape, like)
 
 
 def table(name: str, value: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     """A floating tensor of the given shape on the device of `like`."""
+    fits = isinstance(value, Tensor) and value.dtype in FLOATING and value.shape == shape
+    if fits and value.device == like.device:
+        return
     floating(name, value)
     _shape(name, value, shape)
     _device(name, value, like)
@@ -144,12 +145,12 @@ def one_for_each(name: str, value: Tensor, chosen: Tensor, what: str, index: Ten
 def has_values(value: Tensor) -> bool:
     """Whether there are values, on any device: none while a graph is traced."""
     traced = torch.compiler.is_compiling() or type(value) is not Tensor
-    return value.device.type != "meta" and value.numel() > 0 and not traced
+    return not value.is_meta and value.numel() > 0 and not traced
 
 
 def _can_read(value: Tensor) -> bool:
     """Whether there are values, on the CPU."""
-    return value.device.type == "cpu" and has_values(value)
+    return value.is_cpu and has_values(value)
 
 
 def number(name: str, value: float) -> None:

@@ -42,7 +42,7 @@ class TimestepSampler:
         seed: int = 0,
         backend: str = "auto",
     ) -> None:
-        _check(alphas_cumprod, mode, bins, floor, seed)
+        _check(alphas_cumprod, mode, rescale, bins, floor, seed)
         self.mode, self.floor, self.seed, self.backend = mode, float(floor), seed, backend
         self.steps = alphas_cumprod.shape[0]
         self.bins = min(bins, self.steps)
@@ -80,7 +80,8 @@ class TimestepSampler:
     def update(self, t: Tensor, norms: Tensor) -> None:
         """Take in the unweighted gradient norms [N] of the whole global batch at its timesteps t [N] int64.
 
-        Non-finite norms are left out. The order of summation is fixed, and no value leaves the device.
+        Non-finite norms are left out, and those of a t outside of the schedule. The order of summation is fixed, and no
+        value leaves the device.
         """
         checks.vector("norms", norms, self._counts)
         checks.indices("t", t, norms)
@@ -102,11 +103,13 @@ class TimestepSampler:
         self._squares.copy_(state["squares"])
 
 
-def _check(alphas_cumprod: Tensor, mode: str, bins: int, floor: float, seed: int) -> None:
+def _check(alphas_cumprod: Tensor, mode: str, rescale: bool, bins: int, floor: float, seed: int) -> None:
     checks.schedule("alphas_cumprod", alphas_cumprod, alphas_cumprod)
     checks.alphas("alphas_cumprod", alphas_cumprod)
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: allowed are {', '.join(map(repr, MODES))}")
+    if not isinstance(rescale, bool):
+        raise TypeError(f"rescale={rescale!r}: allowed are True and False")
     checks.integer("bins", bins, minimum=1, maximum=MAX_BINS)
     if isinstance(floor, bool) or not isinstance(floor, (int, float)) or not 0 < floor <= 1:
         raise ValueError(f"floor={floor!r}: allowed is a number in (0, 1]")

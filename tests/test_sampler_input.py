@@ -19,6 +19,7 @@ ALPHAS = torch.linspace(0.999, 0.005, T)
         ((torch.ones(2, 2), "uniform"), {}, r"alphas_cumprod has shape \[2, 2\]"),
         ((torch.ones(0), "uniform"), {}, r"alphas_cumprod has shape \[0\]"),
         ((torch.ones(2, dtype=torch.int64), "uniform"), {}, "alphas_cumprod has dtype torch.int64"),
+        ((ALPHAS, "uniform"), {"rescale": "no"}, "rescale='no': allowed are True and False"),
         ((ALPHAS, "uniform"), {"bins": 0}, "bins=0: allowed is an int from 1 to 1024"),
         ((ALPHAS, "uniform"), {"bins": 1025}, "bins=1025: allowed is an int from 1 to 1024"),
         ((ALPHAS, "uniform"), {"floor": 0.0}, "floor=0.0"),

@@ -1,15 +1,14 @@
 #include <cstring>
+#include <initializer_list>
 
 #include "tile.h"
 
 namespace palp_fast::cpu::PALP_LEVEL {
 namespace {
 
-// Rounds into the first copy; the others are copied from there while it is in the first cache.
-template <typename Real>
-void store_copies(const Real* values, const RenoiseParams& params, Tile tile) {
+// The other copies, from the first while that is in the first cache.
+void copy_first(const RenoiseParams& params, Tile tile) {
   const Shape& shape = params.shape;
-  store(values, params.out, shape, tile, tile.sample);
   const int64_t size = size_of(params.out.dtype), apart = shape.numel() * size;
   char* const first = static_cast<char*>(params.out.data) + (tile.sample * shape.image() + tile.first) * size;
   for (int64_t copy = 1; copy < params.copies; ++copy) {
@@ -17,24 +16,66 @@ void store_copies(const Real* values, const RenoiseParams& params, Tile tile) {
   }
 }
 
+// Whether all images hold one type without gaps: then a tile goes from memory to memory in one pass.
+bool is_direct(const RenoiseParams& params) {
+  for (const ImageView* image : {&params.x_t, &params.eps_pred, &params.noise}) {
+    if (image->dtype != params.out.dtype || !image->image_is_contiguous(params.shape)) return false;
+  }
+  return true;
+}
+
+template <typename Stored>
+const Stored* start(const ImageView& image, Tile tile) {
+  return static_cast<const Stored*>(image.data) + tile.sample * image.batch_stride + tile.first;
+}
+
+template <typename Stored, typename Real>
+void renoise_direct(const RenoiseParams& params, const RenoiseFactors<Real> factors, Tile tile) {
+  const Stored *x = start<Stored>(params.x_t, tile), *eps = start<Stored>(params.eps_pred, tile);
+  const Stored* noise = start<Stored>(params.noise, tile);
+  Stored* PALP_RESTRICT out = static_cast<Stored*>(params.out.data) + tile.sample * params.shape.image() + tile.first;
+  if (factors.same) {
+    for (int64_t i = 0; i < tile.count; ++i) {
+      round_to(factors.apply_same(Real(widen(x[i])), Real(widen(eps[i])), Real(widen(noise[i]))), out[i]);
+    }
+  } else {
+    for (int64_t i = 0; i < tile.count; ++i) {
+      round_to(factors.apply(Real(widen(x[i])), Real(widen(eps[i])), Real(widen(noise[i]))), out[i]);
+    }
+  }
+}
+
+template <typename Real>
+void renoise_tile(const RenoiseParams& params, const RenoiseFactors<Real> factors, Tile tile) {
+  const Shape& shape = params.shape;
+  Real x_buffer[kTile], eps_buffer[kTile], noise_buffer[kTile], out_buffer[kTile];
+  const Real* x = load(params.x_t, shape, tile, x_buffer);
+  const Real* eps = load(params.eps_pred, shape, tile, eps_buffer);
+  const Real* noise = load(params.noise, shape, tile, noise_buffer);
+  Real* PALP_RESTRICT out = place(params.out, shape, tile, tile.sample, out_buffer);
+  if (factors.same) {
+    for (int64_t i = 0; i < tile.count; ++i) out[i] = factors.apply_same(x[i], eps[i], noise[i]);
+  } else {
+    for (int64_t i = 0; i < tile.count; ++i) out[i] = factors.apply(x[i], eps[i], noise[i]);
+  }
+  store(out, params.out, shape, tile, tile.sample);
+}
+
 }  // namespace
 
 template <typename Real>
 void renoise_fwd(const RenoiseParams& params, ParallelFor parallel) {
-  const Shape& shape = params.shape;
-  for_each_tile(shape, parallel, [&](Tile tile, int64_t) {
-    Real x_buffer[kTile], eps_buffer[kTile], noise_buffer[kTile], out_buffer[kTile];
-    const Real* x = load(params.x_t, shape, tile, x_buffer);
-    const Real* eps = load(params.eps_pred, shape, tile, eps_buffer);
-    const Real* noise = load(params.noise, shape, tile, noise_buffer);
-    Real* PALP_RESTRICT out = place(params.out, shape, tile, tile.sample, out_buffer);
+  const bool direct = is_direct(params);
+  for_each_tile(params.shape, parallel, [&](Tile tile, int64_t) {
     const RenoiseFactors<Real> factors(params.alpha_bar, params.alpha_bar_new, tile.sample);
-    if (factors.same) {
-      for (int64_t i = 0; i < tile.count; ++i) out[i] = factors.apply_same(x[i], eps[i], noise[i]);
+    if (direct && params.out.dtype == DType::bfloat16) {
+      renoise_direct<BFloat16>(params, factors, tile);
+    } else if (direct && params.out.dtype == DType::float16) {
+      renoise_direct<Half>(params, factors, tile);
     } else {
-      for (int64_t i = 0; i < tile.count; ++i) out[i] = factors.apply(x[i], eps[i], noise[i]);
+      renoise_tile(params, factors, tile);
     }
-    store_copies(out, params, tile);
+    copy_first(params, tile);
   });
 }
 

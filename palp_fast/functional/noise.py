@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from palp_fast import checks
-from palp_fast.ops.registry import overload
+from palp_fast.ops.registry import call, overload
 from palp_fast.reference import philox
 
 
@@ -48,7 +48,7 @@ def renoise(
     if dtype is not None and dtype not in checks.FLOATING:
         raise TypeError(f"dtype={dtype}: allowed are {checks.FLOATING_NAMES}, None")
     op = overload("renoise", x_t.device, backend)
-    return op(x_t, eps_pred, noise, alpha_bar, alpha_bar_new, copies, dtype)
+    return call(op, x_t, eps_pred, noise, alpha_bar, alpha_bar_new, copies, dtype, tracked=(0, 1, 2))
 
 
 def add_noise(

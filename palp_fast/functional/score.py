@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from palp_fast import checks
-from palp_fast.ops.registry import overload
+from palp_fast.ops.registry import call, overload
 
 _MOST_TERMS = 8  # kMostTerms of csrc/include/palp_fast/score_combination.h
 
@@ -61,9 +61,8 @@ def _combine(
     checks.per_sample("sample_weight", sample_weight, pred)
     mask = checks.mask("mask", mask, pred)
     op = overload("score_combination", pred.device, backend)
-    loss, stats, _ = op(
-        pred, target, predictions, factors, coefficients, float(residual_weight), residual_scale, sample_weight, mask
-    )
+    weights = (float(residual_weight), residual_scale, sample_weight, mask)
+    loss, stats, _ = call(op, pred, target, predictions, factors, coefficients, *weights, tracked=(0,))
     return loss, stats
 
 

@@ -4,7 +4,7 @@
 #include <tuple>
 
 #include "../../cpu/kernels.h"
-#include "huge_pages.h"
+#include "kept_memory.h"
 
 namespace palp_fast::bindings {
 namespace {
@@ -14,8 +14,8 @@ Tensor renoise(
     const OptionalTensor& alpha_bar_new, int64_t copies, std::optional<ScalarType> dtype) {
   check_cpu(x_t, "x_t");
   RenoiseParams params = renoise_params(x_t, eps_pred, noise, alpha_bar, alpha_bar_new, copies);
-  const Tensor out = empty_image(x_t, params.shape, dtype.value_or(x_t.scalar_type()), copies);
-  params.out = large_out_of(out);
+  const Tensor out = result_image(x_t, params.shape, dtype.value_or(x_t.scalar_type()), copies);
+  params.out = out_of(out);
   const cpu::Kernels& kernels = cpu::kernels();
   const bool wide = any_double({&x_t, &eps_pred, &noise});
   (wide ? kernels.f64.renoise_fwd : kernels.f32.renoise_fwd)(params, parallel_for);
@@ -27,11 +27,11 @@ std::tuple<Tensor, Tensor, Tensor> renoise_bwd(
     ScalarType compute, ScalarType x_dtype, ScalarType eps_dtype, ScalarType noise_dtype) {
   check_cpu(grad, "grad");
   RenoiseBackwardParams params = renoise_backward_params(grad, alpha_bar, alpha_bar_new, copies);
-  const Tensor d_x = empty_image(grad, params.shape, x_dtype), d_eps = empty_image(grad, params.shape, eps_dtype);
-  const Tensor d_noise = empty_image(grad, params.shape, noise_dtype);
-  params.d_x_t = large_out_of(d_x);
-  params.d_eps_pred = large_out_of(d_eps);
-  params.d_noise = large_out_of(d_noise);
+  const Tensor d_x = result_image(grad, params.shape, x_dtype), d_eps = result_image(grad, params.shape, eps_dtype);
+  const Tensor d_noise = result_image(grad, params.shape, noise_dtype);
+  params.d_x_t = out_of(d_x);
+  params.d_eps_pred = out_of(d_eps);
+  params.d_noise = out_of(d_noise);
   const cpu::Kernels& kernels = cpu::kernels();
   (compute == ScalarType::Double ? kernels.f64.renoise_bwd : kernels.f32.renoise_bwd)(params, parallel_for);
   return {d_x, d_eps, d_noise};

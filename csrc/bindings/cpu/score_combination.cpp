@@ -2,7 +2,7 @@
 #include "../score_combination.h"
 
 #include "../../cpu/kernels.h"
-#include "huge_pages.h"
+#include "kept_memory.h"
 
 namespace palp_fast::bindings {
 namespace {
@@ -25,11 +25,11 @@ void finish(const ScoreParams<Real>& params, const std::vector<ScoreSums<double>
 template <typename Real>
 Results forward(const ScoreArguments& arguments) {
   const ScoreParams<Real> params = score_params<Real>(arguments);
-  ScoreResults<Real> out(arguments.pred, params.shape);
+  const Tensor gradient = result_image(arguments.pred, params.shape, scalar_type_of<Real>);
+  const ScoreResults<Real> out(arguments.pred, params.shape, gradient);
   std::vector<ScoreSums<double>> tiles(params.shape.batch * cpu::tiles_per_image(params.shape));
   const auto& kernels = cpu::kernels().image<Real>();
-  Real* const gradient = static_cast<Real*>(large_out_of(out.gradient).data);
-  kernels.score_combination_fwd(params, gradient, tiles.data(), parallel_for);
+  kernels.score_combination_fwd(params, out.values(gradient), tiles.data(), parallel_for);
   finish(params, tiles, out.values(out.loss), out.values(out.stats));
   return {out.loss, out.stats, out.gradient};
 }
@@ -48,9 +48,9 @@ template <typename Real>
 Tensor backward(const Tensor& grad_output, const Tensor& gradient, ScalarType dtype) {
   const Shape shape = shape_of(gradient, "gradient");
   const Real factor = score_backward_factor<Real>(scalar_of(grad_output, gradient, "grad_output"), shape);
-  const Tensor out = empty_image(gradient, shape, dtype);
+  const Tensor out = result_image(gradient, shape, dtype);
   const ImageView view = view_of(gradient, gradient, shape, "gradient");
-  cpu::kernels().image<Real>().score_combination_bwd(shape, view, factor, large_out_of(out), parallel_for);
+  cpu::kernels().image<Real>().score_combination_bwd(shape, view, factor, out_of(out), parallel_for);
   return out;
 }
 

@@ -12,7 +12,8 @@ using Results = std::tuple<Tensor, Tensor, Tensor>;
 template <typename Real>
 Results forward(const ScoreArguments& arguments, const OnDeviceOf& device) {
   const ScoreParams<Real> params = score_params<Real>(arguments);
-  ScoreResults<Real> out(arguments.pred, params.shape);
+  const Tensor gradient = empty_image(arguments.pred, params.shape, scalar_type_of<Real>);
+  const ScoreResults<Real> out(arguments.pred, params.shape, gradient);
   const int64_t sums = params.shape.batch * cuda::score_tiles(params.shape) * cuda::kSumsPerTile;
   const Tensor workspace = empty_like_of(arguments.pred, {sums}, ScalarType::Double);
   const cuda::ScoreOut<Real> results{
