@@ -56,6 +56,13 @@ class PlainModel:
     def lora_parameters(self) -> list[torch.nn.Parameter]:
         return [p for p in self.unet.parameters() if p.requires_grad]
 
+    def lora_pairs(self) -> dict[str, tuple[torch.nn.Parameter, torch.nn.Parameter]]:
+        """{path inside the UNet: (lora_a [r, d_in], lora_b [d_out, r])}."""
+        return {
+            name: (module.lora_A["default"].weight, module.lora_B["default"].weight)
+            for name, module in self.unet.named_modules() if hasattr(module, "lora_A")
+        }
+
 
 def load(
     folder,
