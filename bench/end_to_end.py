@@ -171,12 +171,18 @@ class Worker:
 
     def __init__(self, provider: str, case: Case, lora_steps: int, start_limit: float):
         self.provider, self.dtype, self.samples, self.problem, self.peak = provider, case.dtype, [], None, 0
+        self.gradients = self.lora_seconds = None
+        self.start_limit = start_limit
         self.pipe, theirs = mp.Pipe()
         given = theirs, provider, case, lora_steps, time.time()
         self.process = mp.get_context("spawn").Process(target=work, args=given, daemon=True)
         self.process.start()
         theirs.close()
-        self.gradients, self.lora_seconds = self._receive(start_limit) or (None, None)
+
+    def wait(self) -> None:
+        """Until it is ready to step, or has a problem."""
+        if self.gradients is None and self.problem is None:
+            self.gradients, self.lora_seconds = self._receive(self.start_limit) or (None, None)
 
     def judge(self, truth: step_gate.Gradients | None) -> None:
         """Finds the provider wrong if its gradient is not `truth`, the plain baseline's; dreambooth's is another."""
@@ -196,11 +202,9 @@ class Worker:
             self.samples.append(seconds)
 
     def finish(self) -> None:
-        """Ends the process; a provider without a sample has a problem from here on."""
+        """Ends the process."""
         self.process.kill()
         self.process.join()
-        if not self.samples and self.problem is None:
-            self.problem = "unavailable", "stopped before the first step"
 
     def _receive(self, limit: float | None = None):
         try:
@@ -222,6 +226,7 @@ def measure(
     truth = None
     if names[0] not in ("plain", "dreambooth"):
         plain = Worker("plain", case, 0, start_limit)
+        plain.wait()
         truth = plain.gradients
         plain.finish()
     for group in [[name] for name in names] if sequential else [names]:
@@ -229,8 +234,12 @@ def measure(
         try:
             for name in group:
                 workers.append(Worker(name, case, lora_steps, start_limit))
-                truth = workers[-1].gradients if name == "plain" else truth
-                workers[-1].judge(truth)
+                if lora_steps:  # its time is part of the row: nothing else may run
+                    workers[-1].wait()
+            for worker in workers:
+                worker.wait()
+                truth = worker.gradients if worker.provider == "plain" else truth
+                worker.judge(truth)
             for worker in itertools.chain.from_iterable(itertools.repeat(workers, rounds)):
                 if not worker.problem:
                     worker.step()
@@ -238,7 +247,8 @@ def measure(
             stopped = True
         for worker in workers:
             worker.finish()
-            yield _row(worker, case, lora_steps)
+            if worker.samples or worker.problem:  # none where it was stopped before
+                yield _row(worker, case, lora_steps)
         if stopped:
             return
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import tiny
 from bench import end_to_end, step_gate
@@ -45,6 +46,12 @@ def test_16_bit_gradients_pass(case, provider):
     assert step_gate.error(gradients(provider, half), gradients("plain", half)) < step_gate.LIMITS["bf16"]
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_plain_in_16_bits_is_near_fp32(case, truth, dtype):
+    """fp16 by a loss scale: without one, latents of real size leave little of its gradient."""
+    assert step_gate.error(gradients("plain", dataclasses.replace(case, dtype=dtype)), truth) < 0.1
+
+
 def test_a_step_without_its_residual_is_found(case, truth):
     assert step_gate.error(gradients("dreambooth", case), truth) > step_gate.LIMITS["fp32"]
 
@@ -62,18 +69,22 @@ def test_zeros_and_numbers_that_are_not_finite_are_found(truth):
 
 
 class Fake(Worker):
-    """A worker without a process; "tuned blocks" has gradients of zeros; the second step of "palp_fast low" never is."""
+    """A worker without a process; "tuned blocks" has gradients of zeros; in the second step of "palp_fast low", or the
+    first of "palp_fast balanced", comes the signal to end."""
 
     started = []
 
     def __init__(self, provider, case, lora_steps, start_limit):
         self.provider, self.dtype, self.samples, self.problem, self.peak = provider, case.dtype, [], None, 0
-        self.gradients = {"lora_b": torch.full((3,), float(provider != "tuned blocks")).numpy()}
+        self.gradients = {"lora_b": np.full(3, float(provider != "tuned blocks"))}
         self.lora_seconds = 9.0
         self.started.append(provider)
 
+    def wait(self):
+        pass
+
     def step(self):
-        if self.provider == "palp_fast low" and self.samples:
+        if self.provider == "palp_fast balanced" or self.provider == "palp_fast low" and self.samples:
             raise Stopped
         self.samples.append(0.5)
         self.peak = 7
@@ -106,9 +117,12 @@ def test_ours_alone_is_compared_with_plain_too(case, fake):
 def test_stopped_it_gives_what_it_has(case, fake):
     found = {row.provider: row for row in measure(["plain", "palp_fast low"], case, 9, 0, False, 1.0)}
     assert found["palp_fast low"].rounds == "1" and found["plain"].rounds == "2"
+    assert [row.provider for row in measure(["palp_fast balanced", "plain"], case, 9, 0, False, 1.0)] == ["plain"]
+    assert list(measure(["palp_fast balanced", "palp_fast fast"], case, 9, 0, True, 1.0)) == []
 
 
 def test_a_start_that_takes_too_long_is_given_up(case):
     worker = Worker("plain", case, 0, 0.01)
+    worker.wait()
     worker.finish()
     assert worker.problem == ("unavailable", "not ready after 0 s") and not worker.process.is_alive()

@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoPipelineForText2Image, DDPMScheduler
 from peft import LoraConfig
 
+LOSS_SCALE = 2.0**16  # of fp16, torch.amp.GradScaler's first one: gradients of a mean over latents are too small
 TARGETS = {"attention": ["to_q", "to_k", "to_v", "to_out.0"], "cross_kv": ["attn2.to_k", "attn2.to_v"]}
 
 
@@ -136,7 +137,10 @@ def plain_gradients(model: PlainModel, latents, t, noise, options: Options, *, s
         upstream = upstream - options.residual_weight * scale * residual * in_model_space
     if model.v_prediction and options.loss_space == "eps":
         upstream = upstream * a_t**2
-    (upstream / upstream.numel() * pred).sum().backward()
+    loss_scale = LOSS_SCALE if model.dtype == torch.float16 else 1.0
+    (loss_scale / upstream.numel() * upstream * pred).sum().backward()
+    if loss_scale != 1:
+        torch._foreach_div_([p.grad for p in (*model.lora_parameters(), *model.token_tables)], loss_scale)
     return (pred.detach() - target).square().mean(), residual
 
 
