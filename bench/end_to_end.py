@@ -234,7 +234,7 @@ def measure(
         try:
             for name in group:
                 workers.append(Worker(name, case, lora_steps, start_limit))
-                if lora_steps:  # its time is part of the row: nothing else may run
+                if lora_steps or case.device == "cpu":  # where the start is timed, or would take turns by the thread
                     workers[-1].wait()
             for worker in workers:
                 worker.wait()
