@@ -58,13 +58,14 @@ def compare(args: argparse.Namespace, cases: Iterable[tuple[Operator, str, torch
     seconds = (args.seconds or (0.4 if args.quick else 2.0)) / ROUNDS / 2
     try:
         for operator, shape, dtype in cases:
-            print(_line(sides, operator.name, shape, str(dtype).removeprefix("torch."), seconds), flush=True)
+            print(compared(sides, operator.name, shape, str(dtype).removeprefix("torch."), seconds), flush=True)
     finally:
         for side in sides.values():
             side.close()
 
 
-def _line(sides: dict[str, Side], *case) -> str:
+def compared(sides: dict[str, Side], *case) -> str:
+    """One line: the median of each side and how many times as fast as "base" this checkout ("here") is."""
     medians = {name: [] for name in sides}
     for _ in range(ROUNDS):
         for name, side in sides.items():

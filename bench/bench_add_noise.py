@@ -44,4 +44,6 @@ def judge(results):
     return [x_t - (1 - alpha_bar).sqrt() * noise, (20 * noise.std()).round()]
 
 
-OPERATORS = [Operator("add_noise", LATENTS, make, formula, ours, registered=("add_noise",), judge=judge)]
+SHAPES = LATENTS
+PROVIDERS: dict = {}  # no other library has it
+OPERATORS = [Operator("add_noise", SHAPES, make, formula, ours, PROVIDERS, registered=("add_noise",), judge=judge)]

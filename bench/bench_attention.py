@@ -65,5 +65,5 @@ def xformers(problem):
     return run
 
 
-PEERS = {name: partial(sdpa, kernel) for name, kernel in KERNELS.items()} | {"xformers": xformers}
-OPERATORS = [Operator("attention", SHAPES, make, formula, ours, PEERS, registered=("attention",))]
+PROVIDERS = {name: partial(sdpa, kernel) for name, kernel in KERNELS.items()} | {"xformers": xformers}
+OPERATORS = [Operator("attention", SHAPES, make, formula, ours, PROVIDERS, registered=("attention",))]

@@ -32,11 +32,15 @@ def formula(problem):
         dtype = scale.dtype if scale.dtype == torch.float64 else problem.others["dtype"]
         if codes.dtype == torch.int8:
             return (codes * scale[:, None]).to(dtype)
-        halves = torch.stack([codes >> 4, codes & 15], dim=-1).flatten(1).int()
-        levels = nf4_levels(codes.device).to(scale.dtype)[halves]
+        levels = levels_of(codes).to(scale.dtype)
         return (levels.view(*scale.shape, BLOCK) * scale[:, :, None]).flatten(1).to(dtype)
 
     return run
+
+
+def levels_of(codes):
+    """NF4 codes [d_out, bytes] -> their levels [d_out, 2 bytes], fp32."""
+    return nf4_levels(codes.device)[torch.stack([codes >> 4, codes & 15], dim=-1).flatten(1).int()]
 
 
 def ours(problem, backend):
@@ -56,6 +60,5 @@ def bitsandbytes(problem):
         codes, scale.flatten(), BLOCK, "nf4", shape, dtype)
 
 
-OPERATORS = [
-    Operator("dequantise", SHAPES, make, formula, ours, {"bitsandbytes": bitsandbytes}, registered=("dequantise",)),
-]
+PROVIDERS = {"bitsandbytes": bitsandbytes}
+OPERATORS = [Operator("dequantise", SHAPES, make, formula, ours, PROVIDERS, registered=("dequantise",))]

@@ -83,7 +83,6 @@ def peft(problem):
     return lambda *leaves: module(*leaves[:-8]), [*inputs, *parameters]
 
 
-OPERATORS = [
-    Operator("lora_attention", SHAPES, make, formula, ours, {"palp_fast recompute": recomputed, "peft": peft},
-             registered=("attention", "lora_projections", "lora_linear")),
-]
+PROVIDERS = {"palp_fast recompute": recomputed, "peft": peft}
+REGISTERED = ("attention", "lora_projections", "lora_linear")
+OPERATORS = [Operator("lora_attention", SHAPES, make, formula, ours, PROVIDERS, registered=REGISTERED)]

@@ -40,6 +40,6 @@ def peft(problem):
     return lambda x, *_: module.to_out(x), [x.detach().requires_grad_(), *parameters]
 
 
-OPERATORS = [
-    Operator("lora_linear", rows_and_widths(), make, formula, ours, {"peft": peft}, registered=("lora_linear",)),
-]
+SHAPES = rows_and_widths()
+PROVIDERS = {"peft": peft}
+OPERATORS = [Operator("lora_linear", SHAPES, make, formula, ours, PROVIDERS, registered=("lora_linear",))]

@@ -47,7 +47,6 @@ def peft(problem):
     return lambda x, *_: (module.to_q(x), module.to_k(x), module.to_v(x)), [x.detach().requires_grad_(), *parameters]
 
 
-OPERATORS = [
-    Operator("lora_projections", rows_and_widths(), make, formula, ours, {"peft": peft},
-             registered=("lora_projections",)),
-]
+SHAPES = rows_and_widths()
+PROVIDERS = {"peft": peft}
+OPERATORS = [Operator("lora_projections", SHAPES, make, formula, ours, PROVIDERS, registered=("lora_projections",))]

@@ -15,7 +15,7 @@ from bench.layers import RANK
 from palp_fast import optim
 
 # width -> transformer blocks; width of the text
-MODELS = {"SD1.x": ({320: 5, 640: 5, 1280: 6}, 768), "SDXL": ({640: 10, 1280: 60}, 2048)}
+SHAPES = {"SD1.x": ({320: 5, 640: 5, 1280: 6}, 768), "SDXL": ({640: 10, 1280: 60}, 2048)}
 COMPILING = "a step over hundreds of tensors takes minutes to compile"
 LION = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0}
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
@@ -108,18 +108,20 @@ def wide(problem):
     return stepping(problem, optim.AdamW, **ADAMW)
 
 
-def operator(name, kind, options, moments, formula, peers, registered):
+def operator(name, kind, options, moments, formula, registered):
     return Operator(
-        name, MODELS, partial(make, moments=moments), formula, partial(ours, kind, options), peers,
+        name, SHAPES, partial(make, moments=moments), formula, partial(ours, kind, options), PROVIDERS[name],
         registered=(registered,), judge=lambda changes: changes.judged(), yardstick="palp_fast reference", slack=4.0,
         calls=3, refused={"torch.compile": COMPILING}, dtypes=(torch.float32,))
 
 
-OPERATORS = [
-    operator("AdamW8bit", optim.AdamW8bit, ADAMW, 2, torch_adamw, {
+PROVIDERS = {
+    "AdamW8bit": {
         "palp_fast AdamW": wide, "bitsandbytes": partial(bitsandbytes, "AdamW8bit", ADAMW), "torchao": torchao,
-    }, "adamw"),
-    operator("Lion8bit", optim.Lion8bit, LION, 1, lambda problem: stepping(problem, PlainLion, **LION), {
-        "bitsandbytes": partial(bitsandbytes, "Lion8bit", LION),
-    }, "lion"),
+    },
+    "Lion8bit": {"bitsandbytes": partial(bitsandbytes, "Lion8bit", LION)},
+}
+OPERATORS = [
+    operator("AdamW8bit", optim.AdamW8bit, ADAMW, 2, torch_adamw, "adamw"),
+    operator("Lion8bit", optim.Lion8bit, LION, 1, lambda problem: stepping(problem, PlainLion, **LION), "lion"),
 ]

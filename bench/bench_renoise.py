@@ -38,4 +38,5 @@ def ours(problem, backend):
     return lambda *images: functional.renoise(*images, old, alpha_bar_new=new, copies=COPIES, backend=backend)
 
 
-OPERATORS = [Operator("renoise", SHAPES, make, formula, ours, registered=("renoise",))]
+PROVIDERS: dict = {}  # no other library has it
+OPERATORS = [Operator("renoise", SHAPES, make, formula, ours, PROVIDERS, registered=("renoise",))]

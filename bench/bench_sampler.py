@@ -30,9 +30,10 @@ def ours(problem, backend):
     return step
 
 
+PROVIDERS: dict = {}  # no other library has one
 OPERATORS = [
     Operator(
-        "sampler", SHAPES, make, lambda problem: ours(problem, "reference"), ours,
+        "sampler", SHAPES, make, lambda problem: ours(problem, "reference"), ours, PROVIDERS,
         registered=("timestep_sample", "timestep_update"), yardstick="palp_fast reference", calls=4,
         refused={"eager": OTHER_DRAWS, "torch.compile": OTHER_DRAWS}, dtypes=(torch.float32,)),
 ]

@@ -51,8 +51,9 @@ class Operator:
 
     shapes: {layer: sizes}, the first is the one of --quick; make(*sizes, dtype, device) -> Problem. formula(problem) is
     plain PyTorch and returns a function of the leaves: provider "eager", compiled the provider "torch.compile", in fp64
-    the truth. ours(problem, backend) and each of `peers` likewise; a peer may return (function, its own leaves).
-    registered: names in torch.ops.palp_fast that decide which of our backends serve. judge(results) -> tensors to
+    the truth. ours(problem, backend) and each of `peers`, PROVIDERS of a file, likewise; a peer may return (function,
+    its own leaves). registered: names in torch.ops.palp_fast that decide which of our backends serve, none for an
+    operator in plain PyTorch. judge(results) -> tensors to
     compare, where results themselves are not comparable. yardstick: whose error, times slack, is the limit. calls: how
     often a stateful function runs before the gate looks. refused: {provider: why it is not timed}.
     """
@@ -88,6 +89,8 @@ class Operator:
         return self.make(*self.shapes[shape], dtype, device)
 
     def _own(self, name: str, problem: Problem) -> Callable:
+        if name != "reference" and not self.registered:
+            raise Unavailable(f"{self.name} has one version, in plain PyTorch")
         device = problem_device(problem)
         reasons = [backend.obstacle(op, device, name) for op in self.registered] if name != "reference" else []
         if reasons and all(reasons):
@@ -145,6 +148,16 @@ class Gate:
     def error(self, call: Call) -> float:
         """Of a call that `bind` made, not run before."""
         return error(self._after_calls(call), self.truth)
+
+    def is_stale(self, call: Call, problem: Problem) -> bool:
+        """Whether a call gives the same results when what it is given changes in place: kept ones, not computed."""
+        if not problem.leaves:
+            return False
+        first, before = problem.leaves[0], [result.clone() for result in call()]
+        first.neg_()
+        after = call()
+        first.neg_()
+        return all(torch.equal(mine, other) for mine, other in zip(before, after))
 
     def _judged(self, prepare: Callable, problem: Problem) -> Results:
         return self._after_calls(bind(prepare, problem))

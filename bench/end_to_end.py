@@ -1,12 +1,14 @@
 """Seconds of a PALP step, peak memory, time to the saved LoRA, ours beside what else one would run.
 
     python -m bench.end_to_end [--model emoji-64|sd15|sdxl] [--side N] [--dtype fp32|bf16|fp16] [--provider TEXT]
-        [--rounds N] [--lora-steps N] [--sequential] [--device cpu|cuda] [--record]
+        [--rounds N] [--lora-steps N] [--sequential] [--start-limit S] [--device cpu|cuda] [--record]
 
 One optimizer step of one sample, rank 32; time to the LoRA is from the start of a process. Every provider has a process
-of its own: its peak memory is its own, and the processes take turns. Real sizes have random weights
-(bench/random_model.py). --side: of the latents; a small one stands for the model on a CPU, and its rows say so.
---sequential: one process at a time, where memory does not hold all.
+of its own: its peak memory is its own, and the processes take turns. One whose gradient is not that of the plain
+baseline (bench/step_gate.py) is not timed. Real sizes have random weights (bench/random_model.py). --side: of the
+latents; a small one stands for the model on a CPU, and its rows say so. --sequential: one process at a time, where
+memory does not hold all. --start-limit: who takes longer to load, compile and step once is given up. Stopped by
+SIGTERM or Ctrl-C, it still gives the rows of what it has.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import signal
 import tempfile
 import time
 import traceback
@@ -25,9 +28,11 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 
-from bench import rows
+from bench import rows, step_gate
+from bench.core import Unavailable
 from bench.machine import describe, version
 from bench.rows import StepRow
+from bench.step_gate import Step
 from palp_fast import ConfigError, TrainConfig, Trainer, __version__, train
 from palp_fast.reference.dtypes import BASE_DTYPES
 from palp_fast.result import peak_memory_bytes, watch_memory
@@ -56,7 +61,7 @@ class Case:
 
 
 def ours(memory: str, case: Case) -> tuple[Callable, Callable]:
-    """(make, lora): make() -> a function of one step; lora(steps) trains and saves."""
+    """(make, lora): make() -> a Step; lora(steps) trains and saves."""
 
     def config(steps: int) -> TrainConfig:
         resolution = None if case.model == "emoji-64" else 8 * case.side
@@ -66,9 +71,11 @@ def ours(memory: str, case: Case) -> tuple[Callable, Callable]:
             grad_accumulation=1, memory=memory, base_dtype=case.dtype, device=case.device, resolution=resolution,
             checkpoint_every=0)
 
-    def make() -> Callable:
-        steps = iter(Trainer(config(2**31)))
-        return lambda: next(steps)
+    def make() -> Step:
+        trainer = Trainer(config(2**31))
+        steps = iter(trainer)
+        pairs = {path: (lora_a, lora_b) for path, lora_a, lora_b in trainer.named_lora()}
+        return Step(lambda: next(steps), trainer.gradients, pairs, lambda: [row.grad for row in trainer.token_rows()])
 
     return make, lambda steps: train(config(steps))
 
@@ -77,27 +84,29 @@ def baseline(method: str, mode: str | None, case: Case) -> tuple[Callable, Calla
     """The same for bench/baselines; mode: None for plain, else one of tuned.MODES."""
     from bench.baselines import plain, tuned
 
-    def make() -> Callable:
-        folder = _local(case.folder)
+    def load() -> tuple[plain.PlainModel, Step]:
+        if mode == "reduce-overhead" and case.device == "cpu":
+            raise Unavailable("it captures CUDA graphs: a CUDA device is needed")
         model = plain.load(
-            folder, tokens={TOKEN: CLASS_NOUN}, subject_prompts=[f"a photo of {TOKEN}"],
+            _local(case.folder), tokens={TOKEN: CLASS_NOUN}, subject_prompts=[f"a photo of {TOKEN}"],
             clean_prompt=TARGET.format(f"an {CLASS_NOUN}"), rank=RANK, dtype=BASE_DTYPES[case.dtype],
             device=case.device)
         if mode is not None:
             tuned.tune(model, mode)
-        optimizer = plain.make_optimizer(model, fused=mode is not None)
+        optimizer, options = plain.make_optimizer(model, fused=mode is not None), plain.Options(method=method)
         latents = torch.randn(1, CHANNELS[case.model], case.side, case.side, device=case.device)
-        step = lambda: plain.plain_step(model, optimizer, latents, plain.Options(method=method))  # noqa: E731
-        step.model = model
-        return step
+        return model, Step(
+            lambda: plain.plain_step(model, optimizer, latents, options),
+            lambda *inputs: plain.plain_gradients(model, *inputs, options),
+            model.lora_pairs(), lambda: [table.grad[-model.new_rows :] for table in model.token_tables])
 
     def lora(steps: int) -> None:
-        step = make()
+        model, step = load()
         for _ in range(steps):
-            step()
-        save_lora(step.model, tempfile.mkdtemp())
+            step.run()
+        save_lora(model, tempfile.mkdtemp())
 
-    return make, lora
+    return lambda: load()[1], lora
 
 
 def save_lora(model, folder: str) -> None:
@@ -122,8 +131,8 @@ def _local(folder: str) -> Path:
 
 
 def work(pipe, provider: str, case: Case, lora_steps: int, begun: float) -> None:
-    """A worker: sends ("ready", None), for every True it gets ("seconds", s), for a False ("end", peak bytes, seconds
-    from `begun`, the start of the process, to the saved LoRA or None). What goes wrong is sent as ("error", reason)."""
+    """A worker: sends ("ready", (some gradients, seconds from `begun`, the start of the process, to the saved LoRA or
+    None)), then for every True it gets ("step", (seconds, peak bytes)). What goes wrong is sent as ("error", reason)."""
     try:
         torch.set_num_threads(case.threads)
         watch_memory(case.device)
@@ -133,12 +142,12 @@ def work(pipe, provider: str, case: Case, lora_steps: int, begun: float) -> None
             lora(lora_steps)
             lora_seconds = time.time() - begun
         step = make()
-        step()
-        pipe.send(("ready", None))
+        gradients = step.gradients(CHANNELS[case.model], case.side, case.device)
+        step.run()
+        pipe.send(("ready", (gradients, lora_seconds)))
         while pipe.recv():
-            pipe.send(("seconds", _seconds(step, case.device)))
-        pipe.send(("end", (peak_memory_bytes(case.device), lora_seconds)))
-    except ConfigError as error:
+            pipe.send(("step", (_seconds(step.run, case.device), peak_memory_bytes(case.device))))
+    except (ConfigError, Unavailable) as error:
         pipe.send(("error", str(error)))
     except Exception as error:
         traceback.print_exc()
@@ -153,56 +162,101 @@ def _seconds(run: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-class Worker:
-    """A provider in its own process."""
+class Stopped(BaseException):
+    """This process is asked to end."""
 
-    def __init__(self, provider: str, case: Case, lora_steps: int):
-        self.provider, self.samples, self.problem, self.end = provider, [], "", (0, None)
+
+class Worker:
+    """A provider in its own process. problem: (status, why) of one that is not timed, else None; gradients: a few."""
+
+    def __init__(self, provider: str, case: Case, lora_steps: int, start_limit: float):
+        self.provider, self.dtype, self.samples, self.problem, self.peak = provider, case.dtype, [], None, 0
+        self.gradients = self.lora_seconds = None
+        self.start_limit = start_limit
         self.pipe, theirs = mp.Pipe()
         given = theirs, provider, case, lora_steps, time.time()
         self.process = mp.get_context("spawn").Process(target=work, args=given, daemon=True)
         self.process.start()
         theirs.close()
-        self._receive()
+
+    def wait(self) -> None:
+        """Until it is ready to step, or has a problem."""
+        if self.gradients is None and self.problem is None:
+            self.gradients, self.lora_seconds = self._receive(self.start_limit) or (None, None)
+
+    def judge(self, truth: step_gate.Gradients | None) -> None:
+        """Finds the provider wrong if its gradient is not `truth`, the plain baseline's; dreambooth's is another."""
+        if self.problem or self.provider in ("plain", "dreambooth"):
+            return
+        if truth is None:
+            self.problem = "unavailable", "the plain baseline gave no gradient to compare with"
+            return
+        error, limit = step_gate.error(self.gradients, truth), step_gate.LIMITS[self.dtype]
+        if error > limit:
+            self.problem = "wrong", f"relative error of the gradient {error:.1e}, allowed {limit:.1e}"
 
     def step(self) -> None:
         self.pipe.send(True)
         if (value := self._receive()) is not None:
-            self.samples.append(value)
+            seconds, self.peak = value
+            self.samples.append(seconds)
 
     def finish(self) -> None:
-        if not self.problem:
-            self.pipe.send(False)
-            self.end = self._receive() or self.end
+        """Ends the process."""
+        self.process.kill()
         self.process.join()
 
-    def _receive(self):
+    def _receive(self, limit: float | None = None):
         try:
-            kind, value = self.pipe.recv()
+            kind, value = self.pipe.recv() if self.pipe.poll(limit) else ("error", f"not ready after {limit:.0f} s")
         except EOFError:
+            self.process.join()
             kind, value = "error", f"the process ended with code {self.process.exitcode}"
         if kind == "error":
-            self.problem = value
+            self.problem = "unavailable", value
             return None
         return value
 
 
-def measure(names: Iterable[str], case: Case, rounds: int, lora_steps: int, sequential: bool) -> Iterator[StepRow]:
-    """One row for each provider."""
-    groups = [[name] for name in names] if sequential else [list(names)]
-    for group in groups:
-        workers = [Worker(name, case, lora_steps) for name in group]
-        for worker in itertools.chain.from_iterable(itertools.repeat(workers, rounds)):
-            if not worker.problem:
-                worker.step()
+def measure(
+    names: Iterable[str], case: Case, rounds: int, lora_steps: int, sequential: bool, start_limit: float
+) -> Iterator[StepRow]:
+    """One row for each provider, plain first: its gradient is what the others are compared with."""
+    names = sorted(names, key=lambda name: name != "plain")
+    truth = None
+    if names[0] not in ("plain", "dreambooth"):
+        plain = Worker("plain", case, 0, start_limit)
+        plain.wait()
+        truth = plain.gradients
+        plain.finish()
+    for group in [[name] for name in names] if sequential else [names]:
+        workers, stopped = [], False
+        try:
+            for name in group:
+                workers.append(Worker(name, case, lora_steps, start_limit))
+                if lora_steps or case.device == "cpu":  # where the start is timed, or would take turns by the thread
+                    workers[-1].wait()
+            for worker in workers:
+                worker.wait()
+                truth = worker.gradients if worker.provider == "plain" else truth
+                worker.judge(truth)
+            for worker in itertools.chain.from_iterable(itertools.repeat(workers, rounds)):
+                if not worker.problem:
+                    worker.step()
+        except Stopped:
+            stopped = True
         for worker in workers:
             worker.finish()
-            yield _row(worker, case, lora_steps)
+            if worker.samples or worker.problem:  # none where it was stopped before
+                yield _row(worker, case, lora_steps)
+        if stopped:
+            return
 
 
 def _row(worker: Worker, case: Case, lora_steps: int) -> StepRow:
     machine = describe(torch.device(case.device))
-    ok, (peak, lora) = not worker.problem, worker.end
+    ok, lora = not worker.problem, worker.lora_seconds
+    status, note = worker.problem or ("ok", "")
     median, p20, p80 = (f"{value:.4f}" for value in _spread(worker.samples)) if ok else ("", "", "")
     return StepRow(
         started=machine.started, device=machine.device, kind=machine.kind, driver=machine.driver, threads=case.threads,
@@ -210,9 +264,9 @@ def _row(worker: Worker, case: Case, lora_steps: int) -> StepRow:
             "palp_fast" if worker.provider.startswith("palp_fast") else "diffusers"),
         palp_fast=__version__, commit=machine.commit, mode="deterministic" if machine.deterministic else "any",
         model=case.model, latents=case.latents, dtype=case.dtype, provider=worker.provider,
-        status="ok" if ok else "unavailable", note=worker.problem, step_s=median, p20_s=p20, p80_s=p80,
-        rounds=str(len(worker.samples)) if ok else "", peak_bytes=str(peak) if ok else "",
-        lora_s=f"{lora:.2f}" if lora else "", lora_steps=str(lora_steps) if lora else "")
+        status=status, note=note, step_s=median, p20_s=p20, p80_s=p80,
+        rounds=str(len(worker.samples)) if ok else "", peak_bytes=str(worker.peak) if ok else "",
+        lora_s=f"{lora:.2f}" if ok and lora else "", lora_steps=str(lora_steps) if ok and lora else "")
 
 
 def _spread(samples: list[float]) -> tuple[float, float, float]:
@@ -222,10 +276,15 @@ def _spread(samples: list[float]) -> tuple[float, float, float]:
 
 def show(row: StepRow) -> str:
     if row.status != "ok":
-        return f"  {row.provider:22} unavailable: {row.note}"
+        return f"  {row.provider:22} {row.status}: {row.note}"
     lora = f", LoRA of {row.lora_steps} steps in {row.lora_s} s" if row.lora_s else ""
     return (f"  {row.provider:22} {float(row.step_s):8.3f} s ({float(row.p20_s):.3f}, {float(row.p80_s):.3f}), "
             f"peak {int(row.peak_bytes) / 2**30:.2f} GiB{lora}")
+
+
+def _stop(number: int, frame) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    raise Stopped
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -238,6 +297,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lora-steps", type=int, default=0, help="also train and save with so many steps")
     parser.add_argument("--sequential", action="store_true", help="one provider at a time")
+    parser.add_argument("--start-limit", type=float, default=600, metavar="S", help="seconds until the first step")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--record", action="store_true", help="append the rows to bench/results/")
@@ -258,10 +318,15 @@ def main(arguments: list[str] | None = None) -> None:
     print(describe(torch.device(args.device)).header())
     print(f"{args.model}, latents {case.latents}, {dtype}: seconds of one step, median (20th, 80th percentile)")
     os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    for row in measure(names, case, args.rounds, args.lora_steps, args.sequential):
-        print(show(row), flush=True)
-        if args.record:
-            rows.append("end_to_end", [row])
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    try:
+        for row in measure(names, case, args.rounds, args.lora_steps, args.sequential, args.start_limit):
+            print(show(row), flush=True)
+            if args.record:
+                rows.append("end_to_end", [row])
+    except Stopped:
+        raise SystemExit("stopped before the first step") from None
 
 
 if __name__ == "__main__":

@@ -105,8 +105,9 @@ def machines_table() -> str:
 
 
 def step_cases(kind: str) -> list[list[StepRow]]:
-    """Rows of one model on one device."""
+    """Rows of one model on one device, ours first."""
     found = [row for row in rows.read(StepRow) if row.kind == kind]
+    found.sort(key=lambda row: (row.device, row.model, row.latents, row.dtype, not row.provider.startswith("palp_fast")))
     return [list(group) for _, group in groupby(found, key=lambda row: (row.device, row.model, row.latents, row.dtype))]
 
 
@@ -122,7 +123,7 @@ def steps_table(kind: str) -> str:
         for row in case:
             name = f"{row.model}, {row.latents}, {row.dtype}"
             if row.status != "ok":
-                lines.append(f"| {name} | {row.provider} | unavailable: {row.note} | | | |")
+                lines.append(f"| {name} | {row.provider} | {row.status}: {row.note} | | | |")
                 continue
             ratio = f"{float(row.step_s) / float(ours.step_s):.2f}" if ours else ""
             lora = f"{row.lora_s} (N = {row.lora_steps})" if row.lora_s else ""

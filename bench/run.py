@@ -89,10 +89,12 @@ def right(
         except Exception as raised:  # whatever another package raises is its row's reason, not this run's end
             problems[name] = "unavailable", f"{type(raised).__name__}: {(str(raised).splitlines() or [''])[0]}"
         else:
-            if error <= gate.limit:
-                calls[name] = call
-            else:
+            if not error <= gate.limit:
                 problems[name] = "wrong", f"relative error {error:.1e}, allowed {gate.limit:.1e}"
+            elif gate.is_stale(call, problem):
+                problems[name] = "wrong", "the same results for other inputs"
+            else:
+                calls[name] = call
     return calls, problems
 
 

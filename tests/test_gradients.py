@@ -117,12 +117,7 @@ def plain_model(folder, settings, subjects):
         rank=RANK,
         lora_alpha=settings.lora_alpha,
     )
-    pairs = {
-        name: (module.lora_A["default"].weight, module.lora_B["default"].weight)
-        for name, module in model.unet.named_modules()
-        if hasattr(module, "lora_A")
-    }
-    return model, pairs
+    return model, model.lora_pairs()
 
 
 def plain_options(settings):

@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoPipelineForText2Image, DDPMScheduler
 from peft import LoraConfig
 
+LOSS_SCALE = 2.0**16  # of fp16, torch.amp.GradScaler's first one: gradients of a mean over latents are too small
 TARGETS = {"attention": ["to_q", "to_k", "to_v", "to_out.0"], "cross_kv": ["attn2.to_k", "attn2.to_v"]}
 
 
@@ -55,6 +56,13 @@ class PlainModel:
 
     def lora_parameters(self) -> list[torch.nn.Parameter]:
         return [p for p in self.unet.parameters() if p.requires_grad]
+
+    def lora_pairs(self) -> dict[str, tuple[torch.nn.Parameter, torch.nn.Parameter]]:
+        """{path inside the UNet: (lora_a [r, d_in], lora_b [d_out, r])}."""
+        return {
+            name: (module.lora_A["default"].weight, module.lora_B["default"].weight)
+            for name, module in self.unet.named_modules() if hasattr(module, "lora_A")
+        }
 
 
 def load(
@@ -129,7 +137,10 @@ def plain_gradients(model: PlainModel, latents, t, noise, options: Options, *, s
         upstream = upstream - options.residual_weight * scale * residual * in_model_space
     if model.v_prediction and options.loss_space == "eps":
         upstream = upstream * a_t**2
-    (upstream / upstream.numel() * pred).sum().backward()
+    loss_scale = LOSS_SCALE if model.dtype == torch.float16 else 1.0
+    (loss_scale / upstream.numel() * upstream * pred).sum().backward()
+    if loss_scale != 1:
+        torch._foreach_div_([p.grad for p in (*model.lora_parameters(), *model.token_tables)], loss_scale)
     return (pred.detach() - target).square().mean(), residual
 
 
