@@ -51,8 +51,8 @@ class Draws:
     def batch(self, step: int, sample_offset: int) -> Batch:
         """Samples sample_offset .. sample_offset + batch_size of optimizer step `step`."""
         cfg, size = self.cfg, self.cfg.batch_size
-        photos, subjects = self.photos(step, sample_offset)
-        latents = self.latents[photos.to(self.latents.device)]
+        photos, subjects = self.chosen(step, sample_offset)
+        latents = pick(self.latents, photos)
         whole = {"global_batch": size * cfg.grad_accumulation}
         t, sample_weight, residual_scale = self.sampler.sample(size, step, sample_offset, **whole)
         counter = {"seed": cfg.seed, "step": step, "sample_offset": sample_offset, "backend": cfg.backend}
@@ -62,11 +62,16 @@ class Draws:
             t_new, _, _ = self.new_sampler.sample(size, step, sample_offset, **whole)
         if not cfg.same_noise:
             _, noise_new = functional.add_noise(latents, t, self.alphas_cumprod, **counter, stream=_STREAM_NEW_NOISE)
-        return Batch(latents, x_t, noise, t, subjects.tolist(), sample_weight, residual_scale, t_new, noise_new)
+        return Batch(latents, x_t, noise, t, subjects, sample_weight, residual_scale, t_new, noise_new)
 
     def first_photo(self, subject: int) -> int:
         """The number, in the union of all photos, of a subject's first one."""
         return int(self.counts[:subject].sum())
+
+    def chosen(self, step: int, sample_offset: int) -> tuple[list[int], list[int]]:
+        """`photos` as lists."""
+        photos, subjects = self.photos(step, sample_offset)
+        return photos.tolist(), subjects.tolist()
 
     def photos(self, step: int, sample_offset: int) -> tuple[Tensor, Tensor]:
         """(number in the union of all photos, subject number) of each sample, int64 [B] on the CPU.
@@ -81,6 +86,11 @@ class Draws:
             return photos, torch.bucketize(photos, ends, right=True)
         subjects = _below(words[0], torch.tensor(len(self.counts)))
         return ends[subjects] - self.counts[subjects] + _below(words[1], self.counts[subjects]), subjects
+
+
+def pick(x: Tensor, rows: list[int]) -> Tensor:
+    """The rows of a tensor that have these numbers; an index in a tensor would be copied to the device, which waits."""
+    return x if rows == list(range(len(x))) else torch.stack([x[row] for row in rows])
 
 
 def _below(words: Tensor, count: Tensor) -> Tensor:

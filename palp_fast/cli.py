@@ -133,16 +133,18 @@ def train(file: str | None, dry_run: bool, **options: Any) -> None:
 
 
 def _plan(cfg: TrainConfig) -> str:
-    from palp_fast.methods import passes
+    from palp_fast.methods import passes, split
     from palp_fast.prepare import prepare
 
     plan = prepare(cfg)
     cfg, extra = plan.config, len(passes(plan.config))
+    guided = len(split(cfg)[1])
+    by = f", {guided} of them by the teacher {cfg.teacher!r}" if guided else ""
     lines = [
         plan.describe_prompts(),
         f"photos: {', '.join(str(len(pictures)) for pictures in plan.pictures)} at {plan.resolution} px",
         f"UNet passes per step: {cfg.grad_accumulation} x {2 + extra} at batch {cfg.batch_size} "
-        f"(1 forward, 1 backward, {extra} without gradient)",
+        f"(1 forward, 1 backward, {extra} without gradient{by})",
         f"steps: {cfg.steps} of method {cfg.method}, on {cfg.device} in {cfg.base_dtype}",
         plan.estimate().describe(),
     ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from palp_fast.batches import pick
 from palp_fast.config import NFSD_NEGATIVE_PROMPT
 from palp_fast.errors import ConfigError
 from palp_fast.prompts import fill, placeholders, token_words
@@ -22,7 +23,12 @@ class Condition:
 
     def rows(self, index) -> Condition:
         """The prompts `index` (list or int64 tensor [B]), one per sample; a lone prompt is expanded without a copy."""
-        return self._each(lambda x: x.expand(len(index), *x.shape[1:]) if len(x) == 1 else x[index])
+        def rows(x):
+            if len(x) == 1:
+                return x.expand(len(index), *x.shape[1:])
+            return x[index] if isinstance(index, torch.Tensor) else pick(x, index)
+
+        return self._each(rows)
 
     def detach(self) -> Condition:
         return self._each(torch.Tensor.detach)
@@ -205,12 +211,22 @@ def encode_empty(components) -> Condition:
     return Condition(torch.zeros_like(condition.hidden), torch.zeros_like(condition.pooled))
 
 
+@torch.no_grad()
+def encode_all(components, texts: dict[str, str | list[str] | None]) -> dict[str, Condition]:
+    """The conditions of prompts by name, those that are None left out, and "empty", the model's unconditional."""
+    made = {name: encode(components, text) for name, text in texts.items() if text is not None}
+    return made | {"empty": encode_empty(components)}
+
+
 def unet_kwargs(components, condition: Condition, latents: torch.Tensor) -> dict:
     """The keyword arguments that condition a UNet call on `condition` [B], for latents [B, C, h, w]."""
     kwargs = {"encoder_hidden_states": condition.hidden.to(components.dtype)}
     if components.family == "sdxl":
         height, width = (side * components.vae_scale for side in latents.shape[-2:])
-        time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=latents.device, dtype=components.dtype)
-        time_ids = time_ids.expand(len(latents), -1)
-        kwargs["added_cond_kwargs"] = {"text_embeds": condition.pooled.to(components.dtype), "time_ids": time_ids}
+        # [height, width, 0, 0, height, width], made on the device: a copy of host memory would wait for it.
+        time_ids = torch.zeros(1, 6, device=latents.device, dtype=components.dtype)
+        time_ids[:, 0::4].fill_(height)
+        time_ids[:, 1::4].fill_(width)
+        kwargs["added_cond_kwargs"] = {
+            "text_embeds": condition.pooled.to(components.dtype), "time_ids": time_ids.expand(len(latents), -1)}
     return kwargs

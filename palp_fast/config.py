@@ -60,7 +60,7 @@ def _subjects(value: Any) -> tuple[Subject, ...]:
 
 
 _MODEL = path("a built-in name, a local diffusers folder, a .safetensors file or a hub id")
-_TEACHER = dataclasses.replace(choice(None), allowed="None (another teacher is not available in this version)")
+_TEACHER = optional(_MODEL, "the frozen base itself")
 _SUBJECTS = optional(
     rules.Rule("subjects", "a list of Subject (or of their fields as dicts), at least one", _subjects),
     "one subject, by images and class_noun",
@@ -81,7 +81,7 @@ class TrainConfig(Settings):
     """
 
     model: str = ruled(_MODEL, "the base model")
-    teacher: str | None = ruled(_TEACHER, "the model that guides; None: the frozen base itself", default=None)
+    teacher: str | None = ruled(_TEACHER, "another model that guides, in the same latent space", default=None)
     images: Any = ruled(optional(_IMAGES, "with subjects"), "photos of the one subject", default=None)
     class_noun: str | None = ruled(optional(text(), "with subjects"), "what the subject is: cat", default=None)
     subject_prompt: str = ruled(text(), "y_P, describes the photos", default=SUBJECT_PROMPT)

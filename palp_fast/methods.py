@@ -46,6 +46,12 @@ def passes(cfg) -> list[Pass]:
     return [entry for factor, entry in table if factor != 0]
 
 
+def split(cfg) -> tuple[list[Pass], list[Pass]]:
+    """(those of the trained model: all where no other model is the teacher, those of another teacher)."""
+    other = [entry for entry in passes(cfg) if cfg.teacher is not None and entry.lora_scale == TEACHER]
+    return [entry for entry in passes(cfg) if entry not in other], other
+
+
 def complete(
     method: str, predictions: dict[str, Tensor], space, *, x0_hat: Tensor, x_hat: Tensor, noise_new: Tensor,
     t_new: Tensor,

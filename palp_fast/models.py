@@ -43,7 +43,10 @@ def resolve(reference: str | os.PathLike) -> Path | str:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the configuration files of a model say; reading them loads no weights."""
+    """What the configuration files of a model say; reading them loads no weights.
+
+    latents: what makes its latent space; models whose entries differ cannot read each other's latents.
+    """
 
     source: Path | str
     family: str
@@ -51,6 +54,7 @@ class ModelFacts:
     vae_scale: int
     sample_size: int
     index: dict = field(repr=False)
+    latents: dict = field(default_factory=dict, repr=False)
 
     @property
     def resolution(self) -> int:
@@ -82,7 +86,17 @@ def facts(reference: str | os.PathLike) -> ModelFacts:
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ConfigError(f"model: {reference!r} predicts {prediction_type!r}; allowed: epsilon, v_prediction")
     vae_scale = 2 ** (len(vae["block_out_channels"]) - 1)
-    return ModelFacts(source, _FAMILIES[pipeline], prediction_type, vae_scale, unet["sample_size"], index)
+    return ModelFacts(source, _FAMILIES[pipeline], prediction_type, vae_scale, unet["sample_size"], index,
+                      _latent_space(vae_scale, vae, unet))
+
+
+def _latent_space(vae_scale: int, vae: dict, unet: dict) -> dict:
+    """Entries that older files leave out have the defaults of diffusers' AutoencoderKL."""
+    defaults = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None, "latents_mean": None,
+                "latents_std": None}
+    own = {f"autoencoder's {name}": vae.get(name, default) for name, default in defaults.items()}
+    channels = {f"UNet's {name}": unet.get(name, 4) for name in ("in_channels", "out_channels")}
+    return {"autoencoder's pixels per latent": vae_scale, **own, **channels}
 
 
 def _config_source(source):
@@ -135,11 +149,12 @@ class Components:
 
     tokenizers: list
     text_encoders: list
-    vae: torch.nn.Module
+    vae: torch.nn.Module | None  # None of a teacher
     unet: torch.nn.Module | None  # None while it is not loaded yet
     scheduler: object
     family: str
     reference: str
+    vae_scale: int  # pixels per latent, along each side
     zero_empty: bool = False
 
     @property
@@ -155,11 +170,6 @@ class Components:
     @property
     def prediction_type(self) -> str:
         return self.scheduler.config.prediction_type
-
-    @property
-    def vae_scale(self) -> int:
-        """Pixels per latent, along each side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @functools.cached_property
     def alphas_cumprod(self) -> torch.Tensor:
@@ -210,14 +220,18 @@ class Components:
 
 def load_components(
     reference: str | os.PathLike, *, dtype: torch.dtype, device: str | torch.device, form: str | None = None,
-    first: Callable[[Components], None] | None = None, backend: str = "auto",
+    first: Callable[[Components, Callable], None] | None = None, backend: str = "auto",
+    teacher: Callable[[Components, Callable], None] | None = None, text_stays: bool = True,
 ) -> Components:
     """Loads a model: UNet and text encoders in `dtype`, the VAE in fp32 (SDXL's overflows in fp16).
 
     The UNet's last convolution stays in fp32 and so its output is fp32: guidance multiplies rounding. form: "int8" or
     "nf4" for the linear layers and convolutions of UNet and text encoders (loading.placed); backend: of the latter's
-    products. first: called with the components while of these the VAE alone is on the device, unet None; then the VAE
-    goes back to the CPU.
+    products. text_stays: whether text encoders are left on the device, else on the CPU.
+
+    first: called with the components while nothing is on the device yet, unet None, and with a function that puts the
+    VAE there; then the VAE goes back to the CPU. teacher: the same with the text encoders, which are dropped then;
+    there is no VAE.
     """
     from palp_fast import loading
 
@@ -227,14 +241,23 @@ def load_components(
         parts = _parts_of_file(source, known) if from_file else _parts_of_folder(source, known)
     unet = parts.pop("unet", None)
     components = Components(
-        unet=None, family=known.family, reference=os.fspath(reference), zero_empty=known.zero_empty, **parts)
-    loading.placed(components.vae, torch.float32, None, device)
+        unet=None, family=known.family, reference=os.fspath(reference), vae_scale=known.vae_scale,
+        zero_empty=known.zero_empty, **parts)
+    if teacher is not None:
+        components.vae = None
+        teacher(components, lambda: _place_text(components, dtype, form, device, backend))
+        components.text_encoders = []
+    else:
+        loading.placed(components.vae, torch.float32, None, device if first is None else "cpu")
     if first is not None:
-        first(components)
+        first(components, lambda: torch.nn.Module.to(components.vae, device))
         torch.nn.Module.to(components.vae, "cpu")
     with _readable(reference):
+        _place_text(components, dtype, form, device, backend)
+    if not text_stays:
         for encoder in components.text_encoders:
-            loading.placed(encoder, dtype, form, device, backend=backend)
+            torch.nn.Module.to(encoder, "cpu")
+    with _readable(reference):
         if unet is None:
             components.unet = loading.unet_of_folder(source, dtype, form, device)
         else:
@@ -242,6 +265,13 @@ def load_components(
     if dtype != torch.float32:
         _join_precisions(components)
     return components
+
+
+def _place_text(components, dtype, form, device, backend) -> None:
+    from palp_fast import loading
+
+    for encoder in components.text_encoders:
+        loading.placed(encoder, dtype, form, device, backend=backend)
 
 
 def _parts_of_folder(source, known):
@@ -287,6 +317,7 @@ def _join_precisions(components):
 
     components.unet.conv_out.float().register_forward_pre_hook(cast_input)
     components.unet.register_forward_pre_hook(cast_sample, with_kwargs=True)
-    for module in (components.vae.post_quant_conv, components.vae.decoder):
+    vae = components.vae
+    for module in () if vae is None else (vae.post_quant_conv, vae.decoder):
         if module is not None:
             module.register_forward_pre_hook(cast_input)

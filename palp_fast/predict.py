@@ -19,14 +19,17 @@ from palp_fast.nn.lora import enable_gradient_checkpointing, inject_lora
 _DENSE = "'auto', 'fp32', 'bf16', 'fp16'"
 
 
-def adapted(components, cfg, generator: torch.Generator, lean: bool | None) -> LeanPredictions | StockPredictions:
+def adapted(
+    components, cfg, generator: torch.Generator | None, lean: bool | None, at_once: int | None = None
+) -> LeanPredictions | StockPredictions:
     """Puts LoRA into the model's UNet, by the way that `lean` says.
 
     None: lean if the UNet can be converted, with a line that says why if not. True raises UnsupportedUNet instead.
+    at_once: of LeanPredictions.
     """
     if lean is not False:
         try:
-            return LeanPredictions(components, cfg, generator)
+            return LeanPredictions(components, cfg, generator, at_once)
         except UnsupportedUNet as error:
             if lean:
                 raise
@@ -46,17 +49,18 @@ def check_stock(cfg) -> None:
 class LeanPredictions:
     """By the lean UNet. layers: {module path: LoRALinear}.
 
-    at_once: how many no-grad predictions of the samples are one pass; None: all of them. Memory mode "low" makes one at
-    a time, and a device that runs out of memory halves it for the rest of the run.
+    at_once: how many no-grad predictions of the samples are one pass; None: all of them. The estimate may ask for fewer
+    (memory.choose), memory mode "low" makes one at a time, and a device that runs out of memory halves it for the rest
+    of the run.
     """
 
-    def __init__(self, components, cfg, generator: torch.Generator):
+    def __init__(self, components, cfg, generator: torch.Generator | None, at_once: int | None = None):
         self.components, self.prompt_kv = components, None
         lean_unet(
             components.unet, rank=cfg.rank, lora_alpha=cfg.lora_alpha, memory=cfg.memory, generator=generator,
             lora_targets=cfg.lora_targets, backend=cfg.backend)
         self.layers = lora_layers(components.unet)
-        self.memory, self.at_once = cfg.memory, 1 if cfg.memory == "low" else None
+        self.memory, self.at_once = cfg.memory, 1 if cfg.memory == "low" else at_once
         self._rows = {}
 
     @property
@@ -87,9 +91,12 @@ class LeanPredictions:
         return self._call(x_t, t, prompts, rows=rows)
 
     def without_graph(
-        self, x_hat: Tensor, t: Tensor, prompts: Condition, index: list[int], passes: list[Pass]
+        self, x_hat: Tensor, t: Tensor, prompts: Condition | None, index: list[int], passes: list[Pass]
     ) -> dict[str, Tensor]:
-        """The predictions of `passes` at x_hat, by argument of score_residual; "subject" means prompts and index."""
+        """The predictions of `passes` at x_hat, by argument of score_residual; "subject" means prompts and index.
+
+        prompts: None where no pass is of the subject.
+        """
         done = {}
         while len(done) < len(passes):
             left = passes[len(done):]
@@ -112,7 +119,7 @@ class LeanPredictions:
         row_prompt = [i for entry in passes for i in named[entry.prompt]]
         lora_scale = [entry.lora_scale for entry in passes for _ in range(batch)]
         rows = self._rows_of(batch, row_prompt, lora_scale, 0 if self.prompt_kv is None else self.prompt_kv.count)
-        together = Condition.cat([self.fixed, prompts])
+        together = self.fixed if prompts is None else Condition.cat([self.fixed, prompts])
         predicted = self._call(x_hat, t, together, rows=rows, prompt_kv=self.prompt_kv)
         return {entry.argument: view for entry, view in zip(passes, predicted.chunk(len(passes)))}
 
@@ -133,7 +140,7 @@ class StockPredictions:
 
     steps_down = False
 
-    def __init__(self, components, cfg, generator: torch.Generator):
+    def __init__(self, components, cfg, generator: torch.Generator | None):
         check_stock(cfg)
         self.components = components
         self.layers = inject_lora(
@@ -148,10 +155,13 @@ class StockPredictions:
         return self._call(x_t, t, prompts.rows(index), 1.0)
 
     def without_graph(
-        self, x_hat: Tensor, t: Tensor, prompts: Condition, index: list[int], passes: list[Pass]
+        self, x_hat: Tensor, t: Tensor, prompts: Condition | None, index: list[int], passes: list[Pass]
     ) -> dict[str, Tensor]:
+        if not passes:
+            return {}
         named = {name: condition.rows(index) for name, condition in self.fixed.items()}
-        named["subject"] = prompts.rows(index)
+        if prompts is not None:
+            named["subject"] = prompts.rows(index)
         strengths = [entry.lora_scale for entry in passes]
         lora_scale = strengths[0]
         if len(set(strengths)) > 1:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from palp_fast import backend, models
+from palp_fast import backend, models, teacher
 from palp_fast.conditioning import add_tokens, check_prompts, prompts_of
 from palp_fast.data import load_image, pixels
 from palp_fast.errors import ConfigError
 from palp_fast.memory import Choice, choose
 from palp_fast.memory.models import configs_of
+from palp_fast.memory.step import sizes_of_split
 from palp_fast.run_folder import RunFolder
 
 
@@ -43,14 +44,19 @@ class Plan:
 def prepare(config, *, lean: bool | None = None) -> Plan:
     """Checks a TrainConfig and reads its photos and checkpoint. Raises ConfigError or DataError; writes nothing.
 
-    lean: as of the Trainer; memory "auto" is "fast" where it is False.
+    lean: as of the Trainer; memory "auto" is "fast" where it is False. On a CUDA device an estimate chooses the memory
+    mode and how far the no-grad pass is split.
     """
     cfg = config.resolved()
     facts = models.facts(cfg.model)
     resolution = _resolution(cfg, facts)
     tokenizers = models.load_tokenizers(cfg.model)
     add_tokens(tokenizers, cfg)
-    token_ids = check_prompts(tokenizers, cfg)
+    token_ids, texts = check_prompts(tokenizers, cfg), prompts_of(cfg)
+    if cfg.teacher is not None:
+        theirs = teacher.check(cfg)
+        texts |= {f"teacher's {name}": texts[name] for name in theirs}
+        token_ids |= {f"teacher's {name}": ids for name, ids in theirs.items()}
     _check_backend(cfg)
     pictures = [
         torch.stack([pixels(load_image(source), resolution, resolution) for source in subject.images])
@@ -59,15 +65,19 @@ def prepare(config, *, lean: bool | None = None) -> Plan:
     folder = RunFolder(cfg.output_dir, cfg.fingerprint())
     folder.check_writable()
     state, choice = folder.earlier_state(cfg.resume), None
-    if cfg.memory == "auto":
-        choice = None if lean is False else _choice(cfg, resolution)
-        cfg = cfg.replace(memory=choice.memory if choice else "fast")
-    return Plan(cfg, resolution, pictures, prompts_of(cfg), token_ids, folder, state, choice)
+    if lean is False:
+        choice = Choice("fast" if cfg.memory == "auto" else cfg.memory, "by diffusers' own modules (lean=False)", None)
+    elif cfg.device != "cpu" and (cfg.memory == "auto" or len(sizes_of_split(cfg)) > 1):
+        choice = _choice(cfg, resolution)
+    if choice is not None:
+        cfg = cfg.replace(memory=choice.memory)
+    return Plan(cfg, resolution, pictures, texts, token_ids, folder, state, choice)
 
 
 def _choice(cfg, resolution: int) -> Choice:
     photos = sum(len(subject.images) for subject in cfg.subjects)
-    return choose(configs_of(models.facts(cfg.model)), cfg, resolution, photos)
+    other = configs_of(models.facts(cfg.teacher)) if cfg.teacher is not None else None
+    return choose(configs_of(models.facts(cfg.model)), cfg, resolution, photos, other)
 
 
 def _resolution(cfg, facts):

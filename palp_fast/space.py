@@ -47,6 +47,12 @@ class PredictionSpace:
             return self.a(t) * x_t - self.s(t) * pred
         return (x_t - self.s(t) * pred) / self.a(t)
 
+    def seen_as(self, velocity: bool, pred: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """A prediction at x_t as noise or, with `velocity`, as v = (eps - s x_t) / a."""
+        if velocity == self.velocity:
+            return pred
+        return self.eps(pred, x_t, t) if self.velocity else (pred - self.s(t) * x_t) / self.a(t)
+
     def zero_eps(self, x_t: Tensor, t: Tensor) -> Tensor:
         """The prediction at x_t that means no noise: NFSD's residual is no difference of two scores at small t."""
         return -self.s(t) / self.a(t) * x_t if self.velocity else torch.zeros_like(x_t)

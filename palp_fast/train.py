@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from palp_fast import conditioning, functional, methods, models, predict, previews
-from palp_fast.batches import Batch, Draws
+from palp_fast import cached, conditioning, functional, methods, models, predict, previews, teacher
+from palp_fast.batches import Batch, Draws, pick
 from palp_fast.conditioning import Condition
 from palp_fast.config import TrainConfig
 from palp_fast.errors import DataError
+from palp_fast.metrics import EVERY, Metrics, Recorder
 from palp_fast.prepare import prepare
 from palp_fast.reference.dtypes import BASE_DTYPES
 from palp_fast.reference.quantised import FORMATS
@@ -36,7 +36,9 @@ def train(config: TrainConfig | None = None, /, **overrides) -> TrainResult:
     trainer = Trainer(TrainConfig(**overrides) if config is None else config.replace(**overrides))
     with tqdm(total=trainer.config.steps, initial=trainer.step, unit="step") as bar:
         for metrics in trainer:
-            bar.set_postfix(rec=f"{metrics['rec_loss']:.4f}", residual=f"{metrics['residual_norm']:.3f}", refresh=False)
+            if getattr(metrics, "is_read", True):
+                shown = {"rec": f"{metrics['rec_loss']:.4f}", "residual": f"{metrics['residual_norm']:.3f}"}
+                bar.set_postfix(shown, refresh=False)
             bar.update()
     return trainer.save()
 
@@ -56,7 +58,8 @@ class Trainer:
 
     Construction checks everything, prints the prompts, loads the model and goes on from a checkpoint if there is one;
     nothing is written before the first step or save. Raises ConfigError or DataError.
-    config: the resolved TrainConfig; step: optimizer steps done; unet: the student, or the teacher with lora_scale=0.
+    config: the resolved TrainConfig; step: optimizer steps done; unet: the student, or its frozen base, the teacher
+    where there is no other, with lora_scale=0; teacher: another model as the teacher (teacher.Teacher) or None.
     lean: None converts the UNet to the lean one where that can be (predict.adapted), False trains diffusers' own.
     """
 
@@ -75,42 +78,52 @@ class Trainer:
         parts = self.components = models.load_components(
             cfg.model, dtype=BASE_DTYPES[compute_dtype(cfg)], device=cfg.device,
             form=cfg.base_dtype if cfg.base_dtype in FORMATS else None,
-            first=lambda parts: latents.extend(self._latents(parts, photos) for photos in plan.pictures),
-            backend=cfg.backend)
+            first=lambda parts, place: latents.extend(self._latents(parts, place, plan.pictures)),
+            backend=cfg.backend, text_stays=cfg.learn_token)
         self.unet = parts.unet
         self.space = PredictionSpace(parts.alphas_cumprod, parts.prediction_type == "v_prediction", cfg.loss_space)
         self.draws = Draws(cfg, latents, parts.alphas_cumprod)
         generator = torch.Generator().manual_seed(cfg.seed)
-        self.predictions = predict.adapted(parts, cfg, generator, lean)
+        at_once = plan.choice and plan.choice.at_once
+        self.predictions = predict.adapted(parts, cfg, generator, lean, at_once)
         self.rows = conditioning.add_rows(parts, cfg, generator)
+        self._fixed_row_norm = self._row_norm().item()  # rows that do not learn are on the CPU later
         self._encode_prompts(plan.prompts)
         self.passes = methods.passes(cfg)
-        self.predictions.fix({name: self._fixed[name] for name in self._fixed if name != "subject"}, self.passes)
+        self._own_passes, guided = methods.split(cfg)
+        fixed = {name: condition for name, condition in self._fixed.items() if name != "subject"}
+        self.predictions.fix(fixed, self._own_passes)
+        self.teacher = teacher.load(cfg, self.space, guided, lean, at_once) if guided else None
         self.update = Update(cfg, *self._named_parameters())
+        self.recorder = Recorder(parts.device, EVERY[parts.device.type])
         self.step, self._seconds, self._is_open, self._metrics_bytes = 0, 0.0, False, None
         if plan.state is not None:
             self._load_state(plan.state)
 
-    def _latents(self, parts: models.Components, photos: Tensor) -> Tensor:
-        latents = torch.cat([parts.to_latents(photo[None]) for photo in photos])
-        if not latents.isfinite().all():
-            raise DataError(f"model: the autoencoder of {self.config.model!r} gives latents that are not finite")
-        return latents
+    def _latents(self, parts: models.Components, place: Callable, pictures: list[Tensor]) -> Iterator[Tensor]:
+        """Of each subject's photos, those that are not in the cache by the VAE, which `place` puts on the device."""
+        for latents in cached.latents(parts, place, pictures, self.config.device):
+            if not latents.isfinite().all():
+                raise DataError(f"model: the autoencoder of {self.config.model!r} gives latents that are not finite")
+            yield latents
 
-    @torch.no_grad()
     def _encode_prompts(self, prompts: dict[str, str]) -> None:
-        """Conditions that never change, computed once: y_c, empty and negative prompt; y_P too if no token learns."""
-        encode = partial(conditioning.encode, self.components)
-        own = [prompts[name] for name in conditioning.subject_names(self.config)]
-        ids = conditioning.tokenize(self.components.tokenizers, own)
-        self._subject_ids = [per_encoder.to(self.components.device) for per_encoder in ids]
-        self._fixed = {"clean": encode(prompts["y_c"]), "empty": conditioning.encode_empty(self.components)}
-        if "negative" in prompts:
-            self._fixed["negative"] = encode(prompts["negative"])
-        if not self.config.learn_token:
-            self._fixed["subject"] = encode(own)
-            for encoder in self.components.text_encoders:  # previews take them back
-                nn.Module.to(encoder, "cpu")
+        """Conditions that never change, computed once: y_c, empty and negative prompt; y_P too if no token learns.
+
+        Then the text encoders wait on the CPU until previews take them back.
+        """
+        parts, cfg = self.components, self.config
+        own = [prompts[name] for name in conditioning.subject_names(cfg)]
+        ids = conditioning.tokenize(parts.tokenizers, own)
+        self._subject_ids = [per_encoder.to(parts.device) for per_encoder in ids]
+        texts = {"clean": prompts["y_c"], "negative": prompts.get("negative")}
+        if cfg.learn_token:
+            self._fixed = conditioning.encode_all(parts, texts)
+        else:
+            there = parts.on_device(*parts.text_encoders)
+            with contextlib.ExitStack() as stack:
+                self._fixed = cached.conditions(
+                    parts, texts | {"subject": own}, cfg, lambda: stack.enter_context(there))
 
     def _subject_conditions(self, subjects: list[int]) -> tuple[Condition, list[int]]:
         """(y_P of each distinct subject, with its graph to the token rows; which of them each sample has)."""
@@ -118,7 +131,7 @@ class Trainer:
         if "subject" in self._fixed:
             condition = self._fixed["subject"].rows(distinct)
         else:
-            condition = conditioning.encode_ids(self.components, [ids[distinct] for ids in self._subject_ids])
+            condition = conditioning.encode_ids(self.components, [pick(ids, distinct) for ids in self._subject_ids])
         return condition, [distinct.index(subject) for subject in subjects]
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -144,7 +157,9 @@ class Trainer:
                 alpha_bar_new=None if batch.t_new is None else alpha_bar[t_new], noise_new=batch.noise_new,
                 backend=cfg.backend)
             # 3. Teacher and student at x_hat, in one pass; nothing is back-propagated through it.
-            predicted = self.predictions.without_graph(x_hat, t_new, subject.detach(), which, self.passes)
+            predicted = self.predictions.without_graph(x_hat, t_new, subject.detach(), which, self._own_passes)
+            if self.teacher is not None:
+                predicted |= self.teacher.predict(x_hat, t_new)
             arguments = methods.complete(
                 cfg.method, predicted, space,
                 x0_hat=space.x0(pred, batch.x_t, t), x_hat=x_hat, noise_new=noise_new, t_new=t_new)
@@ -159,18 +174,17 @@ class Trainer:
         kwargs = conditioning.unet_kwargs(self.components, condition, x)
         return self.unet(x, t, **kwargs, lora_scale=lora_scale, return_dict=False)[0]
 
-    def _train_step(self) -> dict:
-        """One optimizer step over grad_accumulation batches; step 5 of PALP.md -> metrics."""
-        update, started = self.update, time.perf_counter()
+    def _train_step(self) -> Metrics:
+        """One optimizer step over grad_accumulation batches; step 5 of PALP.md. Nothing in it waits for the device."""
+        update = self.update
+        self.recorder.start()
         loss, stats, t = self._accumulated()
-        lr, metrics = update.lr, self._metrics(loss, stats, t, update.clip())
-        update.check(self.step + 1, metrics)
+        lr, (norm, norms) = update.lr, update.clip()
+        values = self._values(loss, stats, t, norm)
         update.step()
         self.draws.sampler.update(t, product(stats[:, 2], self.space.loss_weight(t)))
         self.step += 1
-        seconds = time.perf_counter() - started
-        self._seconds += seconds
-        return {"step": self.step, **metrics, "lr": lr, "seconds": seconds}
+        return self.recorder.record(self.step, lr, values, norms)
 
     def _accumulated(self) -> tuple[Tensor, Tensor, Tensor]:
         """Fills the gradients of one optimizer step -> its loss, stats and timesteps.
@@ -202,25 +216,47 @@ class Trainer:
             t.append(batch.t)
         return loss, torch.cat(stats), torch.cat(t)
 
-    def _metrics(self, loss: Tensor, stats: Tensor, t: Tensor, grad_norm: Tensor) -> dict[str, float]:
-        """Means over the samples; token_norm over all rows. The one place where a step waits for the device."""
-        rows = torch.cat([row.detach().norm(dim=1) for own in self.rows for row in own])
-        names = ("loss", "rec_loss", "residual_norm", "timestep", "grad_norm", "token_norm")
-        values = (loss, stats[:, 0].mean(), stats[:, 1].mean(), t.float().mean(), grad_norm, rows.mean())
-        return dict(zip(names, torch.stack([value.float() for value in values]).tolist()))
+    def _values(self, loss: Tensor, stats: Tensor, t: Tensor, grad_norm: Tensor) -> dict[str, Tensor]:
+        """Means over the samples; token_norm over all rows. 0-d, on the device."""
+        rows = self._row_norm() if self.config.learn_token else loss.new_full((), self._fixed_row_norm)
+        return {"loss": loss, "rec_loss": stats[:, 0].mean(), "residual_norm": stats[:, 1].mean(),
+                "timestep": t.float().mean(), "grad_norm": grad_norm, "token_norm": rows}
 
-    def __iter__(self) -> Iterator[dict]:
+    def _row_norm(self) -> Tensor:
+        return torch.cat([row.detach().norm(dim=1) for own in self.rows for row in own]).mean()
+
+    def __iter__(self) -> Iterator[Mapping]:
+        """A mapping of metrics for each step; on a CUDA device values are read every few steps, or when asked for."""
         cfg = self.config
         self._open()
-        while self.step < cfg.steps:
-            metrics = self._train_step()
+        try:
+            while self.step < cfg.steps:
+                metrics = self._train_step()
+                drawn, kept = (every and self.step % every == 0 for every in (cfg.sample_every, cfg.checkpoint_every))
+                self._note_steps(read=drawn or kept or self.step == cfg.steps)
+                if drawn:
+                    self.update.check_parameters(self.step)
+                    previews.draw(self, self.folder.samples / f"step-{self.step:08d}")
+                if kept:
+                    self._save_checkpoint()
+                yield dict(metrics) if metrics.is_read else metrics
+        finally:
+            self._write_metrics(read=True)
+        self.update.check_end()
+
+    def _note_steps(self, read: bool) -> None:
+        """Writes the metrics of steps that were read; `read`: of all. Raises TrainingDiverged."""
+        for metrics in self._write_metrics(read):
+            self.update.check(metrics)
+
+    def _write_metrics(self, read: bool) -> list[Metrics]:
+        if read:
+            self.recorder.read()
+        done = self.recorder.take()
+        for metrics in done:
             self.folder.write_metrics(metrics)
-            if cfg.sample_every and self.step % cfg.sample_every == 0:
-                self.update.check_parameters(self.step)
-                previews.draw(self, self.folder.samples / f"step-{self.step:08d}")
-            if cfg.checkpoint_every and self.step % cfg.checkpoint_every == 0:
-                self._save_checkpoint()
-            yield metrics
+            self._seconds += metrics["seconds"]
+        return done
 
     def gradients(
         self, latents: Tensor, t: Tensor, noise: Tensor, *, subject: int = 0, t_new: Tensor | None = None,
@@ -241,7 +277,8 @@ class Trainer:
         self.update.zero()
         loss, stats = self._loss(batch)
         self.update.backward(loss)
-        return self._metrics(loss.detach(), stats, t, self.update.gradients())
+        values = self._values(loss.detach(), stats, t, self.update.gradients())
+        return dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist()))
 
     def named_lora(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
         """(diffusers module path inside the UNet, lora_a [r, d_in], lora_b [d_out, r]) of every adapted projection."""
@@ -282,6 +319,7 @@ class Trainer:
             self._is_open = True
 
     def _save_checkpoint(self) -> Path:
+        self._write_metrics(read=True)
         self.update.check_parameters(self.step)
         state = {"step": self.step, "sampler": self.draws.sampler.state_dict(), **self.update.state_dict()}
         return self.folder.save_checkpoint(state)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from palp_fast import optim
 from palp_fast.errors import TrainingDiverged
+from palp_fast.metrics import BEFORE_GRADIENTS, Metrics
 from palp_fast.resolve import compute_dtype
 
 _FP32_STATE = {"min_8bit_size": 2**62}
+SKIPPED = 20  # steps in a row that are not finite: training has diverged
 
 
 class Update:
@@ -23,12 +23,13 @@ class Update:
 
     def __init__(self, cfg, lora: dict[str, nn.Parameter], rows: dict[str, nn.Parameter]):
         self.cfg, self.named = cfg, lora | rows
-        self.rows = list(rows.values())
+        self.rows, self.bad = list(rows.values()), []
         self._row_norms = [row.detach().norm(dim=1, keepdim=True) for row in self.rows]
         groups = [{"params": list(lora.values()), "lr": cfg.lr}] if lora else []
         if rows:
             groups.append({"params": self.rows, "lr": cfg.token_lr, "weight_decay": 0.0} | self._row_options())
-        kind = {"adamw": torch.optim.AdamW, "adamw8bit": optim.AdamW8bit, "lion8bit": optim.Lion8bit}[cfg.optimizer]
+        # Of palp_fast: these skip a gradient that is not finite, and the host need not know.
+        kind = {"adamw": optim.AdamW, "adamw8bit": optim.AdamW8bit, "lion8bit": optim.Lion8bit}[cfg.optimizer]
         self.optimizer = kind(groups)
         self.schedule = get_scheduler(
             cfg.lr_schedule, self.optimizer, num_warmup_steps=0, num_training_steps=cfg.steps)
@@ -43,19 +44,27 @@ class Update:
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
 
-    def clip(self) -> Tensor:
-        """Takes the loss scale off the gradients and clips each group -> norm of all gradients before clipping."""
+    @torch.no_grad()
+    def clip(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Takes the loss scale off the gradients and clips each group -> norms before that: of all gradients, of each.
+
+        As clip_grad_norm_ does; the norms of single gradients tell which of them is not finite.
+        """
         self.scaler.unscale_(self.optimizer)
-        norms = [nn.utils.clip_grad_norm_(g["params"], self.cfg.max_grad_norm) for g in self.optimizer.param_groups]
-        return torch.stack([norm.to(self.device) for norm in norms]).norm()
+        names, norms, groups = {id(p): name for name, p in self.named.items()}, {}, []
+        for group in self.optimizer.param_groups:
+            present = [p for p in group["params"] if p.grad is not None]
+            if present:
+                own = torch._foreach_norm([p.grad for p in present])
+                norms |= {names[id(p)]: norm for p, norm in zip(present, own)}
+                groups.append(torch.stack(own).norm())
+                nn.utils.clip_grads_with_norm_(present, self.cfg.max_grad_norm, groups[-1])
+        return (torch.stack(groups).norm() if groups else torch.zeros((), device=self.device)), norms
 
     def step(self) -> None:
-        """Steps optimizer and schedule, unless fp16 gradients overflowed: then only the loss scale changes."""
-        scale = self.scaler.get_scale()
+        """Steps optimizer and schedule. Gradients that are not finite change nothing but an fp16 loss scale."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.scaler.get_scale() < scale:
-            return
         self.schedule.step()
         if self.cfg.token_norm == "initial":
             with torch.no_grad():
@@ -70,15 +79,27 @@ class Update:
             parameter.grad.div_(self.scaler.get_scale())
         return nn.utils.get_total_norm([parameter.grad for parameter in self.named.values()])
 
-    def check(self, step: int, metrics: dict[str, float]) -> None:
-        """Raises TrainingDiverged if something is not finite; fp16 gradients may overflow while their scale settles."""
-        tensors = {"rec_loss": "the student's prediction", "residual_norm": "the residual", "loss": "the loss"}
-        for name, tensor in tensors.items():
-            if not math.isfinite(metrics[name]):
-                raise diverged(step, tensor)
-        if not math.isfinite(metrics["grad_norm"]) and (not self.scaler.is_enabled() or self.scaler.get_scale() < 1):
-            bad = [n for n, p in self.named.items() if p.grad is not None and not p.grad.isfinite().all()]
-            raise diverged(step, f"the gradient of {bad[0]}" if bad else "the gradient norm")
+    def check(self, metrics: Metrics) -> None:
+        """Takes note of a step that was read. Raises TrainingDiverged when SKIPPED ones in a row were not finite.
+
+        Their updates were skipped. fp16 gradients overflow while the loss scale settles, which takes fewer steps.
+        """
+        if metrics.diverged is None:
+            self.bad = []
+            return
+        self.bad.append((metrics["step"], metrics.diverged))
+        if len(self.bad) == SKIPPED:
+            self.raise_diverged()
+
+    def check_end(self) -> None:
+        """Raises TrainingDiverged if the run's last steps were skipped, but for a loss scale that settles."""
+        settles = self.scaler.is_enabled() and all(what not in BEFORE_GRADIENTS.values() for _, what in self.bad)
+        if self.bad and not settles:
+            self.raise_diverged()
+
+    def raise_diverged(self) -> None:
+        bad, self.bad = self.bad, []
+        raise diverged(*bad[0], f", nor was it in the {len(bad) - 1} steps after it" if len(bad) > 1 else "")
 
     def check_parameters(self, step: int) -> None:
         """Raises TrainingDiverged if a trained tensor is not finite: it must reach no file."""
@@ -109,6 +130,6 @@ class Update:
         self.scaler.load_state_dict(state["scaler"])
 
 
-def diverged(step: int, tensor: str) -> TrainingDiverged:
-    return TrainingDiverged(f"step {step}: {tensor} is not finite. The last checkpoint is safe; "
+def diverged(step: int, tensor: str, since: str = "") -> TrainingDiverged:
+    return TrainingDiverged(f"step {step}: {tensor} is not finite{since}. The last checkpoint is safe; "
                             "lower lr or residual_weight, or use base_dtype 'fp32' or 'bf16'")

@@ -1,4 +1,4 @@
-"""Settings of every test: nothing is fetched from the hub, and forked helpers do not warn about tokenizer threads.
+"""Settings of every test: nothing is fetched from the hub, nothing is cached in the user's folders, and forked helpers do not warn about tokenizer threads.
 
 Each test draws its own random numbers, whatever ran before it; PALP_FAST_SEED=1, 2, ... draws others.
 """
@@ -10,6 +10,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["PALP_FAST_CACHE"] = "off"
 
 
 @pytest.fixture(autouse=True)

@@ -76,7 +76,8 @@ def by_encoder(trainer, value):
 
 
 def truth_of(folder, trainer, settings, words):
-    return Truth(folder, words, lora_pairs(trainer), by_encoder(trainer, torch.Tensor.detach), settings)
+    rows = by_encoder(trainer, torch.Tensor.detach)
+    return Truth(folder, words, lora_pairs(trainer), rows, settings, trainer.config.teacher)
 
 
 def check_trainer(folder, output_dir, settings, *, subject=0, other="", size=3, **overrides):

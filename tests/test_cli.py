@@ -68,7 +68,7 @@ def trained(monkeypatch):
 
 # A value of every field that is not its default, as an option's text and as the field's value.
 EVERY_FIELD = {
-    "model": ("m", "m"), "teacher": ("none", None), "images": ("photos", "photos"), "class_noun": ("owl", "owl"),
+    "model": ("m", "m"), "teacher": ("t", "t"), "images": ("photos", "photos"), "class_noun": ("owl", "owl"),
     "subject_prompt": ("my [V]", "my [V]"), "token": ("none", "none"), "prompt": ("a [V]", "a [V]"),
     "subjects": ('{"images": "x", "class_noun": "cat"}', (Subject("x", "cat"),)), "clean_prompt": ("a 1", "a 1"),
     "output_dir": ("7", "7"), "method": ("nfsd", "nfsd"), "alpha": ("3", 3.0), "beta": ("1e-1", 0.1),

@@ -81,7 +81,7 @@ WRONG = [
     ("memory", ["balance", "tiny"]),
     ("base_dtype", ["int4", "float32"]),
     ("cuda_graph", [True, 0, "yes"]),
-    ("teacher", ["emoji-64"]),
+    ("teacher", ["", 3]),
     ("preset", ["5gb", "papers"]),
     ("backend", ["triton", "cuda", "gpu"]),
     ("device", ["tpu", "cuda:x", 0]),

@@ -7,7 +7,7 @@ import tiny
 import torch
 from close import relative
 from diffusers import UNet2DConditionModel
-from palp_fast import ConfigError, Trainer, functional, models
+from palp_fast import ConfigError, Trainer, functional, models, predict
 from palp_fast.nn import UnsupportedUNet
 from palp_fast.nn.lean_attention import LeanAttention
 from palp_fast.nn.lean_model import LeanUNet
@@ -67,10 +67,33 @@ def test_keys_and_values_of_the_teacher_are_made_once(folders, tmp_path, monkeyp
         assert made == [(2, 1.0)] * layers, "the student's empty and subject prompts alone"
 
 
+def gradients_of(trainer):
+    """Of one step, all trained parameters as one vector."""
+    one_step(trainer)
+    return torch.cat([parameter.grad.flatten() for parameter in trainer.update.named.values()])
+
+
+@pytest.mark.parametrize("at_once", [2, 1])
+@pytest.mark.parametrize("own", [True, False])
+def test_the_no_grad_pass_is_split_by_the_estimate(folders, tmp_path, monkeypatch, at_once, own):
+    """The step of all at once, for a model that is its own teacher and for one with another."""
+    options = {} if own else {"teacher": str(folders["sd_v"])}
+    trainers = [Trainer(tiny.config(folders["sd"], tmp_path / "run", **options))]
+    right = predict.adapted
+    monkeypatch.setattr(predict, "adapted", lambda *given: right(*given[:4], at_once))
+    trainers.append(Trainer(tiny.config(folders["sd"], tmp_path / "run", **options)))
+    for trainer in trainers:
+        scatter(lora_pairs(trainer), trainer.token_rows())
+    calls = []
+    trainers[1].unet.register_forward_pre_hook(lambda *given: calls.append(given), with_kwargs=True)
+    assert relative(*map(gradients_of, reversed(trainers))) < 1e-5
+    assert len(calls) == 1 + (4 if own else 2) // at_once
+
+
 def test_the_no_grad_pass_is_split_where_memory_runs_out(folders, tmp_path, capsys):
     trainer = Trainer(tiny.config(folders["sdxl"], tmp_path / "run"))
     scatter(lora_pairs(trainer), trainer.token_rows())
-    together, forward, sizes = one_step(trainer), trainer.unet.forward, []
+    together, forward, sizes = gradients_of(trainer), trainer.unet.forward, []
 
     def small_card(*args, rows, **kwargs):
         sizes.append(rows.count)
@@ -81,7 +104,7 @@ def test_the_no_grad_pass_is_split_where_memory_runs_out(folders, tmp_path, caps
     trainer.unet.forward = small_card
     for expected in ([3, 12, 6, 3, 3, 3, 3], [3, 3, 3, 3, 3]):
         sizes.clear()
-        assert one_step(trainer) == pytest.approx(together, rel=1e-4)
+        assert relative(gradients_of(trainer), together) < 1e-5
         assert sizes == expected
     assert "1 of 4 predictions at once" in capsys.readouterr().out
     assert Trainer(tiny.config(folders["sd"], tmp_path / "low", memory="low")).predictions.at_once == 1

@@ -1,6 +1,7 @@
 """Estimates of peak memory: against what is alive, byte by byte, at full size and on a CPU; the choice of a mode."""
 
 import contextlib
+import dataclasses
 import io
 
 import alive
@@ -154,10 +155,18 @@ def test_the_first_mode_that_fits_is_chosen():
     found = memory.estimates(FAMILIES["SD1.x"], config(), 512, 5)
     assert [one.memory for one in found] == list(MEMORY)
     assert found[0].peak > found[1].peak > found[2].peak
+    tried = [each for one in found for each in (one, *one.split)]
+    assert found[0].split and not found[2].split, "one at a time in mode 'low' already"
     for one in found:
+        assert [each.at_once for each in one.split] == [2, 1][: len(one.split)]
+        assert sorted({one.peak, *(each.peak for each in one.split)}, reverse=True) == [
+            one.peak, *(each.peak for each in one.split)]
+    for i, one in enumerate(tried):
         need = int(MARGIN * one.peak) + ASSUMED["libraries' workspaces"] + 1
         choice = fitting(found, need, asked=False)
-        assert choice.memory == one.memory and choice.reason.count("needs") == found.index(one) + 1
+        first = next(each for each in tried if each.peak <= one.peak)
+        assert (choice.memory, choice.at_once) == (first.memory, first.at_once)
+        assert choice.reason.count("needs") == tried.index(first) + 1
     small = fitting(found, GIB, asked=False)
     assert small.memory == "low" and "does not fit: lower base_dtype" in small.reason
     assert "assumed and not measured" in small.describe() and "1.00 GiB free" in small.describe()
@@ -174,7 +183,28 @@ def test_auto_on_a_card(folders, tmp_path, monkeypatch):
     other = prepare(tiny.config(folders["sd"], tmp_path / "run", device="cuda"))
     assert other.config.memory == "low" and "does not fit" in other.choice.reason
     assert other.config.fingerprint() == plan.config.fingerprint()
-    assert prepare(tiny.config(folders["sd"], tmp_path / "run", device="cuda"), lean=False).config.memory == "fast"
+    asked = prepare(tiny.config(folders["sd"], tmp_path / "run", device="cuda", memory="balanced"))
+    assert asked.config.memory == "balanced" and "as asked for" in asked.choice.reason
+
+
+def test_the_trainer_splits_as_the_estimate_says(folders, tmp_path, monkeypatch):
+    """What fits with fewer no-grad predictions at once is not moved to a mode that recomputes."""
+    (whole,) = memory.estimates(FAMILIES["SD1.x"], config(), 512, 5, ["fast"])
+    need = int(MARGIN * whole.split[0].peak) + ASSUMED["libraries' workspaces"] + 1
+    choice = fitting([whole], need, asked=True)
+    assert choice.at_once == 2 and "fast, 2 no-grad predictions at once needs" in choice.reason
+    cfg = tiny.config(folders["sd"], tmp_path / "run", teacher=str(folders["sd"]))
+    monkeypatch.setattr("palp_fast.train.prepare",
+                        lambda cfg, lean: dataclasses.replace(prepare(cfg, lean=lean), choice=choice))
+    trainer = quiet(cfg)
+    assert trainer.predictions.at_once == trainer.teacher.predictions.at_once == 2
+
+
+def test_there_is_no_estimate_of_diffusers_own_modules(folders, tmp_path):
+    for mode, expected in (("auto", "fast"), ("low", "low")):
+        plan = prepare(tiny.config(folders["sd"], tmp_path / "run", memory=mode), lean=False)
+        assert plan.config.memory == expected and plan.estimate().estimate is None
+        assert "only of the lean UNet" in plan.estimate().describe() and "lean=False" in plan.estimate().reason
 
 
 def test_the_allocator_is_capped_at_what_is_free(monkeypatch):

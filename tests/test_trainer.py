@@ -6,8 +6,9 @@ import logging
 import pytest
 import tiny
 import torch
-from palp_fast import ConfigError, DataError, Subject, Trainer, TrainingDiverged, train
+from palp_fast import ConfigError, DataError, Subject, Trainer, TrainingDiverged, checkpoint, train
 from palp_fast.export import load_lora
+from palp_fast.metrics import Recorder
 from safetensors.torch import load_file
 
 
@@ -274,22 +275,46 @@ def test_apply_to_gives_the_trainers_own_prediction(models, tmp_path):
 
 
 def test_divergence_names_step_and_tensor_and_leaves_the_checkpoint(models, tmp_path):
-    trainer = Trainer(tiny.config(models["sd"], tmp_path / "run", steps=5, checkpoint_every=1))
+    trainer = Trainer(tiny.config(models["sd"], tmp_path / "run", steps=30, checkpoint_every=2))
     steps = iter(trainer)
     next(steps)
     next(steps)
-    good = (tmp_path / "run/checkpoint/step-00000002/state.pt").read_bytes()
+    good = {name: parameter.detach().clone() for name, parameter in trainer.update.named.items()}
     path, lora_a, _ = next(trainer.named_lora())
     lora_a.register_hook(lambda gradient: gradient * float("nan"))
-    with pytest.raises(TrainingDiverged, match=f"step 3.*{path}.lora_a"):
-        next(steps)
+    with pytest.raises(TrainingDiverged, match=f"step 3: the gradient of {path}.lora_a .*nor .* the 19 steps after it"):
+        list(steps)
+    assert trainer.step == 22 and all(torch.equal(p, good[name]) for name, p in trainer.update.named.items())
+    with pytest.raises(TrainingDiverged, match=f"step 23: the gradient of {path}.lora_a"):
+        list(trainer)
+    assert trainer.step == 30
+    kept = checkpoint.load(tmp_path / "run/checkpoint")
+    assert all(torch.equal(value, good[name]) for name, value in kept["parameters"].items())
     with torch.no_grad():
         lora_a.fill_(float("inf"))
-    with pytest.raises(TrainingDiverged, match="step 3.*prediction"):
-        next(iter(trainer))
-    with pytest.raises(TrainingDiverged, match=f"{path}.lora_a"):
+    with pytest.raises(TrainingDiverged, match=f"{path}.lora_a is not finite. The"):
         trainer.save()
-    assert (tmp_path / "run/checkpoint/step-00000002/state.pt").read_bytes() == good
+    assert checkpoint.load(tmp_path / "run/checkpoint")["step"] == 30
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["grad_norm"] is None for line in lines] == [False] * 2 + [True] * 28
+
+
+def test_metrics_that_are_read_later_are_the_same(models, tmp_path):
+    """As on a CUDA device; a loop that is left, and a checkpoint, lose none."""
+    lines = []
+    for every in (1, 3):
+        trainer = Trainer(tiny.config(models["sd"], tmp_path / str(every), steps=8, checkpoint_every=4))
+        trainer.recorder = Recorder("cpu", every)
+        for metrics in trainer:
+            if metrics["step"] == 5:
+                break
+        assert len((tmp_path / str(every) / "metrics.jsonl").read_text().splitlines()) == 5
+        for metrics in trainer:
+            pass
+        assert metrics["step"] == 8 and metrics["loss"] is not None
+        written = (tmp_path / str(every) / "metrics.jsonl").read_text().splitlines()
+        lines.append([json.loads(line) | {"seconds": 0} for line in written])
+    assert len(lines[0]) == 8 and lines[0] == lines[1]
 
 
 @pytest.mark.parametrize(("options", "error", "words"), [

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,15 @@ def model_folder(path, kind="sd", seed=0):
         pipeline = StableDiffusionPipeline(
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipeline.save_pretrained(str(path))
+    return Path(path)
+
+
+def teacher_folder(path, student, kind="sd", seed=1, **schedule):
+    """A model of `kind` with weights of its own and the autoencoder of the folder `student`; schedule: its changes."""
+    model_folder(path, kind, seed)
+    shutil.copytree(Path(student) / "vae", Path(path) / "vae", dirs_exist_ok=True)
+    file = Path(path) / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | schedule))
     return Path(path)
 
 

@@ -7,6 +7,7 @@ w(t) r dx0_hat/dtheta with r held constant, beside |eps_hat - eps|^2.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from diffusers import AutoPipelineForText2Image
 from torch.func import functional_call
@@ -29,9 +30,12 @@ class Settings:
 
 
 class Truth:
-    """A model folder in fp64 with LoRA {path: (A, B)} and one [words, width] tensor of token rows per text encoder."""
+    """A model folder in fp64 with LoRA {path: (A, B)} and one [words, width] tensor of token rows per text encoder.
 
-    def __init__(self, folder, words, lora, rows, settings):
+    teacher: the folder of another model that is the teacher.
+    """
+
+    def __init__(self, folder, words, lora, rows, settings, teacher=None):
         self.pipeline = AutoPipelineForText2Image.from_pretrained(str(folder))
         self.sdxl = hasattr(self.pipeline, "text_encoder_2")
         suffixes = ("", "_2") if self.sdxl else ("",)
@@ -43,7 +47,8 @@ class Truth:
         for tokenizer in self.tokenizers:
             assert tokenizer.add_tokens(list(words)) == len(words)
         self.lora = {name: tuple(leaf(x) for x in pair) for name, pair in lora.items()}
-        self.rows = [leaf(x) for x in rows]
+        self.rows = [leaf(x) for x in rows or [torch.zeros(0, e.config.hidden_size) for e in self.encoders]]
+        self.teacher = None if teacher is None else Truth(teacher, [], {}, [], settings)
         self.settings = settings
         scheduler = self.pipeline.scheduler
         self.alpha_bar = scheduler.alphas_cumprod.double()
@@ -78,11 +83,16 @@ class Truth:
         """r in units of eps, [B, C, h, w]."""
         chosen = self.settings
         x_hat = self.signal(u) * x0_hat + self.sigma(u) * noise
-        clean, empty = self.encode(chosen.clean_prompt), self.encode_empty()
-        teacher_empty = self.eps(x_hat, u, empty, student=False)
-        direction = self.eps(x_hat, u, clean, student=False) - teacher_empty
+        teacher, empty = self.teacher or self, self.encode_empty()
+        position = u if self.teacher is None else self.position(u)
+
+        def teach(condition):
+            return teacher.eps(x_hat, position, condition, student=False)
+
+        teacher_empty = teach(teacher.encode_empty())
+        direction = teach(teacher.encode(chosen.clean_prompt)) - teacher_empty
         if chosen.method == "nfsd":
-            negative = self.eps(x_hat, u, self.encode(chosen.negative_prompt), student=False)
+            negative = teach(teacher.encode(chosen.negative_prompt))
             early = (u < 200).view(-1, 1, 1, 1)
             return torch.where(early, teacher_empty, teacher_empty - negative) + chosen.alpha * direction
         guided = teacher_empty + chosen.alpha * direction
@@ -102,6 +112,11 @@ class Truth:
             kwargs["added_cond_kwargs"] = {"text_embeds": pooled.expand(len(x), -1), "time_ids": time_ids}
         pred = functional_call(self.unet, self.merged() if student else {}, (x, t), kwargs).sample
         return self.signal(t) * pred + self.sigma(t) * x if self.velocity else pred
+
+    def position(self, u):
+        """Where the teacher's schedule has as much noise as this one at u, between its timesteps."""
+        own, theirs = (torch.log(table / (1 - table)).numpy() for table in (self.alpha_bar, self.teacher.alpha_bar))
+        return torch.from_numpy(np.interp(-own[u], -theirs, np.arange(len(theirs))))
 
     def merged(self):
         weights = dict(self.unet.named_parameters())
@@ -127,10 +142,18 @@ class Truth:
         return (torch.zeros_like(hidden), torch.zeros_like(pooled)) if self.sdxl else (hidden, pooled)
 
     def signal(self, t):
-        return self.alpha_bar[t].sqrt().view(-1, 1, 1, 1)
+        return self.level(t).sqrt().view(-1, 1, 1, 1)
 
     def sigma(self, t):
-        return (1 - self.alpha_bar[t]).sqrt().view(-1, 1, 1, 1)
+        return (1 - self.level(t)).sqrt().view(-1, 1, 1, 1)
+
+    def level(self, t):
+        """alpha_bar; between two timesteps the log of alpha_bar / (1 - alpha_bar) is linear."""
+        if not t.is_floating_point():
+            return self.alpha_bar[t]
+        logit = torch.logit(self.alpha_bar)
+        low = t.floor().long().clamp(max=len(logit) - 2)
+        return torch.lerp(logit[low], logit[low + 1], t - low).sigmoid()
 
 
 def leaf(x):

@@ -21,17 +21,25 @@ class Choice:
     reason: str
     estimate: Estimate | None
 
+    @property
+    def at_once(self) -> int | None:
+        """How many no-grad predictions are one pass; None: all."""
+        return self.estimate and self.estimate.at_once
+
     def describe(self) -> str:
         """Lines for people."""
         shown = [self.estimate.describe()] if self.estimate else ["memory estimate: only of the lean UNet"]
         return "\n".join([*shown, f"  memory = {self.memory!r}: {self.reason}"])
 
 
-def choose(configs: Configs, cfg, resolution: int, photos: int) -> Choice:
-    """The mode of a resolved config: its own, or for "auto" the fastest that fits what its device has free."""
+def choose(configs: Configs, cfg, resolution: int, photos: int, teacher: Configs | None = None) -> Choice:
+    """The mode of a resolved config: its own, or for "auto" the fastest that fits what its device has free.
+
+    teacher: of another model that is the teacher.
+    """
     asked = cfg.memory != "auto"
     try:
-        found = estimates(configs, cfg, resolution, photos, [cfg.memory] if asked else MEMORY)
+        found = estimates(configs, cfg, resolution, photos, [cfg.memory] if asked else MEMORY, teacher)
     except UnsupportedUNet as error:
         return Choice(cfg.memory if asked else "fast", str(error), None)
     if cfg.device == "cpu":
@@ -41,10 +49,11 @@ def choose(configs: Configs, cfg, resolution: int, photos: int) -> Choice:
 
 
 def fitting(found: list[Estimate], free: int, asked: bool) -> Choice:
-    """The first of the estimates that fits `free` bytes of a card, or the last one."""
+    """The first that fits `free` bytes of a card, or the last: each mode's estimate, then its split no-grad passes."""
+    found = [each for one in found for each in (one, *one.split)]
     need = [MARGIN * one.peak + ASSUMED["libraries' workspaces"] for one in found]
     index = next((i for i, size in enumerate(need) if size <= free), len(found) - 1)
-    told = ", ".join(f"{one.memory} needs {gib(size)}" for one, size in zip(found[: index + 1], need))
+    told = ", ".join(f"{one.label} needs {gib(size)}" for one, size in zip(found[: index + 1], need))
     fits = "fits" if need[index] <= free else "does not fit: lower base_dtype, batch_size, rank or resolution"
     reason = f"{'as asked for; ' if asked else ''}{gib(free)} free, {told} with a tenth more: {fits}\n  {assumed()}"
     return Choice(found[index].memory, reason, found[index])

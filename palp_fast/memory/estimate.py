@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -40,10 +40,16 @@ class Phase:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one config in one memory mode: its phases in their order."""
+    """Of one config in one memory mode: its phases in their order.
+
+    at_once: how many no-grad predictions are one pass, None: all of a model's; split: the same with fewer of them at
+    once, where that takes less.
+    """
 
     memory: str
     phases: tuple[Phase, ...]
+    at_once: int | None = None
+    split: tuple[Estimate, ...] = ()
 
     @property
     def worst(self) -> Phase:
@@ -54,10 +60,15 @@ class Estimate:
         """Bytes of tensors; what ASSUMED names comes beside it on a CUDA device."""
         return self.worst.total
 
+    @property
+    def label(self) -> str:
+        """The mode, and how far the no-grad pass is split."""
+        return self.memory if self.at_once is None else f"{self.memory}, {self.at_once} no-grad predictions at once"
+
     def describe(self) -> str:
         """Lines for people."""
         worst = self.worst
-        lines = [f"memory estimate ({self.memory}): {gib(self.peak)} at the peak, {worst.name}"]
+        lines = [f"memory estimate ({self.label}): {gib(self.peak)} at the peak, {worst.name}"]
         lines += [f"  {size / 2**20:8.0f} MiB  {name}" for name, size in worst.parts.items() if size]
         others = ", ".join(f"{phase.name} {gib(phase.total)}" for phase in self.phases if phase is not worst)
         return "\n".join([*lines, f"  other phases: {others}"])
@@ -72,24 +83,32 @@ def assumed() -> str:
     return "beside it, assumed and not measured: " + ", ".join(f"{name} {gib(size)}" for name, size in ASSUMED.items())
 
 
-def estimates(configs: Configs, cfg, resolution: int, photos: int, modes: Iterable[str] = MEMORY) -> list[Estimate]:
-    """One for each memory mode of a resolved config; photos: how many are cached. Raises UnsupportedUNet."""
-    parts = parts_of(configs, cfg)
-    return [_Run(parts, cfg.replace(memory=mode), resolution, photos).estimate() for mode in modes]
+def estimates(
+    configs: Configs, cfg, resolution: int, photos: int, modes: Iterable[str] = MEMORY, teacher: Configs | None = None
+) -> list[Estimate]:
+    """One for each memory mode of a resolved config. Raises UnsupportedUNet.
+
+    photos: how many are cached; teacher: of another model that is the teacher.
+    """
+    parts, other = parts_of(configs, cfg), None
+    if teacher is not None and methods.split(cfg)[1]:
+        other = parts_of(teacher, cfg.replace(lora_targets="none"))
+    return [_Run(parts, cfg.replace(memory=mode), resolution, photos, other).estimate() for mode in modes]
 
 
 class _Run:
     """The sizes that the phases of a run share."""
 
-    def __init__(self, parts: Parts, cfg, resolution: int, photos: int):
-        set_memory(parts.unet, cfg.memory)
-        self.parts, self.cfg, self.resolution = parts, cfg, resolution
+    def __init__(self, parts: Parts, cfg, resolution: int, photos: int, teacher: Parts | None):
+        for one in (parts, teacher):
+            if one is not None:
+                set_memory(one.unet, cfg.memory)
+        self.parts, self.cfg, self.resolution, self.teacher = parts, cfg, resolution, teacher
         self.on_card = cfg.device != "cpu"
         item = BASE_DTYPES[compute_dtype(cfg)].itemsize
         scale = 2 ** (len(parts.vae.config.block_out_channels) - 1)
-        tokens = parts.encoders[0].config.max_position_embeddings
         subjects = min(cfg.batch_size, len(cfg.subjects))
-        self.sizes = Sizes(cfg.batch_size, resolution // scale, tokens, subjects, item, self.on_card)
+        self.sizes = Sizes(cfg.batch_size, resolution // scale, _tokens(parts), subjects, item, self.on_card)
         latents = photos * (resolution // scale) ** 2 * parts.vae.config.latent_channels * _FP32
         self.unet, self.vae = nbytes(parts.unet), nbytes(parts.vae)
         self.text = sum(map(nbytes, parts.encoders))
@@ -99,24 +118,37 @@ class _Run:
         self.rows = len(cfg.subjects) * cfg.token_vectors * sum(widths) * _FP32
         self.state = int(self.lora / _FP32 * _STATE[cfg.optimizer] + self.rows / _FP32 * 8)
         self.caches = latents + self._prompt_kv()
+        others = {} if teacher is None else {"the teacher's UNet": nbytes(teacher.unet)}
         self.resident = {"UNet": self.unet} | ({} if self.on_card else {"VAE": self.vae})
         if cfg.learn_token or not self.on_card:
             self.resident |= {"text encoders": self.text}
+        self.resident |= others
         self.trained = {"LoRA and token rows": self.lora + self.rows, "optimizer state": self.state}
 
     def _prompt_kv(self) -> int:
         """Keys and values of the fixed prompts, made once."""
         if all(one.lora_scale != methods.TEACHER for one in methods.passes(self.cfg)):
             return 0
-        widths = sum(m.to_k.out_features for m in self.parts.unet.modules()
+        parts = self.teacher or self.parts
+        widths = sum(m.to_k.out_features for m in parts.unet.modules()
                      if isinstance(m, LeanAttention) and m.is_cross_attention)
-        return fixed_prompts(self.cfg) * self.sizes.tokens * 2 * widths * self.sizes.itemsize
+        return fixed_prompts(self.cfg) * _tokens(parts) * 2 * widths * self.sizes.itemsize
 
     def estimate(self) -> Estimate:
-        phases = [self.caching(), self.loading(), self.step(), self.update()]
+        first, last = [self.caching(), self.loading()], [self.update()]
+        if self.teacher is not None:
+            first.append(self.loading_teacher())
         if self.cfg.sample_every:
-            phases.append(self.sampling())
-        return Estimate(self.cfg.memory, tuple(phases))
+            last.append(self.sampling())
+        (_, step), *others = self.steps()
+        whole = Estimate(self.cfg.memory, (*first, step, *last))
+        split, least = [], whole.peak
+        for at_once, step in others:
+            smaller = Estimate(self.cfg.memory, (*first, step, *last), at_once)
+            if smaller.peak < least:
+                split.append(smaller)
+                least = smaller.peak
+        return replace(whole, split=tuple(split))
 
     def caching(self) -> Phase:
         """A photo through the VAE; the UNet is not loaded yet."""
@@ -125,33 +157,44 @@ class _Run:
 
     def loading(self) -> Phase:
         """The largest layer beside all others: as it was, and the fp32 numbers of quantising it."""
-        sizes = [m.weight.shape[0] * m.weight.width for m in (*self.parts.unet.modules(), *self._text_modules())
-                 if isinstance(getattr(m, "weight", None), QuantisedWeight)]
-        made = max(sizes, default=0) * (self.sizes.itemsize + 3 * _FP32)
         weights = {"UNet": self.unet, "text encoders": self.text}
-        return Phase("loading", weights | ({} if self.on_card else {"VAE": self.vae}) | {"a layer, quantised": made})
+        made = {"a layer, quantised": self._quantised_layer(self.parts)}
+        return Phase("loading", weights | ({} if self.on_card else {"VAE": self.vae}) | made)
 
-    def _text_modules(self) -> Iterable[nn.Module]:
-        return (module for encoder in self.parts.encoders for module in encoder.modules())
+    def loading_teacher(self) -> Phase:
+        """Its text encoders, which are dropped before its UNet comes; the trained model is there."""
+        own = {name: size for name, size in self.resident.items() if name != "the teacher's UNet"}
+        most = max(sum(map(nbytes, self.teacher.encoders)), nbytes(self.teacher.unet))
+        own |= {"LoRA and token rows": self.lora + self.rows, "the teacher's text encoders or UNet": most}
+        return Phase("loading the teacher", own | {"a layer, quantised": self._quantised_layer(self.teacher)})
 
-    def step(self) -> Phase:
+    def _quantised_layer(self, parts: Parts) -> int:
+        sizes = [m.weight.shape[0] * m.weight.width for whole in (parts.unet, *parts.encoders)
+                 for m in whole.modules() if isinstance(getattr(m, "weight", None), QuantisedWeight)]
+        return max(sizes, default=0) * (self.sizes.itemsize + 3 * _FP32)
+
+    def steps(self) -> list[tuple[int | None, Phase]]:
+        """The step with no-grad predictions all at once, then with fewer of them: (how many, the step)."""
         cfg, sizes = self.cfg, self.sizes
         text = (sizes.subjects, sizes.tokens, sizes.itemsize)
         saved = sum(inside.text_saved(e, *text) for e in self.parts.encoders) if cfg.learn_token else 0
         back = max(inside.text_backward(e, *text) for e in self.parts.encoders) if cfg.learn_token else 0
         grown = cfg.grad_accumulation == 1
-        found = step(self.parts.unet, cfg, sizes, saved, back, grown)
-        most = max(("the pass with a graph", found.forward), ("no-grad predictions", found.without_grad),
-                   ("the backward pass", found.backward), key=lambda pair: pair[1])
+        other = self.teacher and (self.teacher.unet, _tokens(self.teacher))
+        found = step(self.parts.unet, cfg, sizes, saved, back, grown, other)
         parts = self.resident | self.trained | {"gradients": 0 if grown else self.lora + self.rows,
                                                 "caches of photos and prompts": self.caches}
-        parts |= {"kept for the backward pass": found.saved, f"at work in {most[0]}": most[1] - found.saved}
-        return Phase("in the step", parts)
+        phases = []
+        for at_once, without_grad in (found.split or {0: 0}).items():
+            most = max(("the pass with a graph", found.forward), ("no-grad predictions", without_grad),
+                       ("the backward pass", found.backward), key=lambda pair: pair[1])
+            work = {"kept for the backward pass": found.saved, f"at work in {most[0]}": most[1] - found.saved}
+            phases.append((at_once, Phase("in the step", parts | work)))
+        return phases
 
     def update(self) -> Phase:
-        """The optimizer's step; torch's AdamW makes one more tensor of every parameter."""
-        more = self.lora + self.rows if self.cfg.optimizer == "adamw" and self.on_card else 0
-        parts = self.resident | self.trained | {"gradients": self.lora + self.rows, "the optimizer's own": more}
+        """The optimizer's step, which makes nothing large."""
+        parts = self.resident | self.trained | {"gradients": self.lora + self.rows}
         return Phase("in the update", parts | {"caches of photos and prompts": self.caches})
 
     def sampling(self) -> Phase:
@@ -160,9 +203,14 @@ class _Run:
         tape = Tape(ledger, sizes.itemsize, False, self.on_card)
         Pass(tape, self.parts.unet, 2, sizes.side, sizes.tokens, adapted=2, count=2, computed=2).run()
         work = max(ledger.peak, inside.vae_decode(self.parts.vae, self.resolution))
-        parts = {"UNet": self.unet, "text encoders": self.text, "VAE": self.vae} | self.trained
+        parts = self.resident | {"text encoders": self.text, "VAE": self.vae} | self.trained
         parts |= {"caches of photos and prompts": self.caches, "a picture in the decoder": work}
         return Phase("sampling", parts)
+
+
+def _tokens(parts: Parts) -> int:
+    """Of a prompt."""
+    return parts.encoders[0].config.max_position_embeddings
 
 
 def _factors(unet: nn.Module) -> Iterable[int]:

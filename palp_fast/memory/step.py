@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -16,13 +16,19 @@ class Step:
     """Bytes beside weights, gradients and optimizer state.
 
     saved: alive between the prediction with a graph and the backward pass, the text encoders' part included; forward,
-    without_grad, backward: the most in each of these.
+    backward: the most in each of these; split: the most in the no-grad predictions, by how many of them are one pass,
+    the most that the memory mode allows first.
     """
 
     saved: int
     forward: int
-    without_grad: int
+    split: dict[int, int]
     backward: int
+
+    @property
+    def without_grad(self) -> int:
+        """The most in the no-grad predictions, as many at once as may be."""
+        return next(iter(self.split.values()), 0)
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,14 @@ class Sizes:
     on_card: bool = True
 
 
-def step(unet: nn.Module, cfg, sizes: Sizes, text_saved: int, text_backward: int, grown: bool) -> Step:
-    """Of a lean UNet in its memory mode; grown: LoRA gradients grow during the backward pass, else they are there."""
+def step(
+    unet: nn.Module, cfg, sizes: Sizes, text_saved: int, text_backward: int, grown: bool,
+    teacher: tuple[nn.Module, int] | None = None,
+) -> Step:
+    """Of a lean UNet in its memory mode; grown: LoRA gradients grow during the backward pass, else they are there.
+
+    teacher: another model's lean UNet and the tokens of its prompts.
+    """
     ledger = Ledger()
     text = Buffer(ledger, text_saved)
     tape = Tape(ledger, sizes.itemsize, True, sizes.on_card)
@@ -46,7 +58,14 @@ def step(unet: nn.Module, cfg, sizes: Sizes, text_saved: int, text_backward: int
         tape, unet, sizes.batch, sizes.side, sizes.tokens, adapted=sizes.batch, count=sizes.batch,
         computed=sizes.subjects, prompt_grad=cfg.learn_token).run()
     forward, saved = ledger.peak, ledger.alive
-    without_grad = max((_without_grad(ledger, unet, cfg, sizes, group) for group in _groups(cfg)), default=0)
+    own, other = methods.split(cfg)
+    models = [(unet, sizes, own)]
+    if teacher is not None:
+        models.append((teacher[0], replace(sizes, tokens=teacher[1]), other))
+    split = {}
+    for at_once in sizes_of_split(cfg):
+        split[at_once] = max(_without_grad(ledger, cfg, unet, sizes, passes, group) for unet, sizes, passes in models
+                             for group in _groups(passes, at_once))
     ledger.mark()
     if not grown:
         tape.leaf_gradients = _Dropped()
@@ -56,7 +75,7 @@ def step(unet: nn.Module, cfg, sizes: Sizes, text_saved: int, text_backward: int
     Buffer(ledger, text_backward)
     backward = max(backward, ledger.peak)
     del text
-    return Step(saved, forward, without_grad, backward)
+    return Step(saved, forward, split, backward)
 
 
 class _Dropped:
@@ -66,16 +85,25 @@ class _Dropped:
         pass
 
 
-def _groups(cfg) -> list[list[methods.Pass]]:
+def sizes_of_split(cfg) -> list[int]:
+    """How many no-grad predictions may be one pass: all of a model's, halves, ..., one; in mode "low" one alone."""
+    most = max(map(len, methods.split(cfg)))
+    if cfg.memory == "low":
+        most = min(most, 1)
+    return [most >> halved for halved in range(most.bit_length())]
+
+
+def _groups(passes: list[methods.Pass], at_once: int) -> list[list[methods.Pass]]:
     """No-grad predictions that are one pass, as predict.LeanPredictions makes them."""
-    passes = methods.passes(cfg)
-    return [[one] for one in passes] if cfg.memory == "low" else [passes] if passes else []
+    return [passes[first : first + at_once] for first in range(0, len(passes), at_once)]
 
 
-def _without_grad(ledger: Ledger, unet: nn.Module, cfg, sizes: Sizes, group: list[methods.Pass]) -> int:
-    """The most bytes alive in one no-grad pass."""
+def _without_grad(
+    ledger: Ledger, cfg, unet: nn.Module, sizes: Sizes, passes: list[methods.Pass], group: list[methods.Pass]
+) -> int:
+    """The most bytes alive in one no-grad pass, the `group` of a model's `passes`."""
     ledger.mark()
-    fixed = fixed_prompts(cfg) if any(one.lora_scale == methods.TEACHER for one in methods.passes(cfg)) else 0
+    fixed = fixed_prompts(cfg) if any(one.lora_scale == methods.TEACHER for one in passes) else 0
     factors = {one.lora_scale for one in group}
     others = {(one.prompt, one.lora_scale) for one in group if one.lora_scale != methods.TEACHER}
     computed = sum(sizes.subjects if prompt == "subject" else 1 for prompt, _ in others)
