@@ -59,8 +59,9 @@ class Judge:
         """Read PIL pictures of any size, or uint8 [n, H, W, 3]."""
         tensors = self._tensors(pictures)
         whole, halved = self._run(tensors), self._run(halves(tensors).flatten(0, 1))
-        return Reading(_named(STYLES, whole["style"]), _named(BACKGROUNDS, whole["background"]), whole["cell"].logsumexp(2),
-                       halved["cell"].logsumexp(2).unflatten(0, (-1, 2)), whole["embedding"])
+        return Reading(
+            _named(STYLES, whole["style"]), _named(BACKGROUNDS, whole["background"]), whole["cell"].logsumexp(2),
+            halved["cell"].logsumexp(2).unflatten(0, (-1, 2)), whole["embedding"])
 
     def _tensors(self, pictures: Sequence[Image.Image] | np.ndarray) -> Tensor:
         return torch.stack([
