@@ -1,4 +1,4 @@
-"""Every operator that csrc/ has, once, and steps of the optimizers: what compute-sanitizer watches. Argument: a device."""
+"""Every operator that csrc/ has, once, and steps of the optimizers, on a device: what compute-sanitizer watches."""
 
 import sys
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from close import BACKENDS, DEVICES, assert_as_good, assert_close, library_on
+from close import BACKENDS, DEVICES, NEEDS_LIBRARY, assert_as_good, assert_close, library_on
 
 from palp_fast import functional as PF
 
@@ -32,6 +32,19 @@ def run(x_t, eps, noise, new_noise=None, new=None, copies=1, backend="auto", dty
     new = None if new is None else new.to(x_t.device)
     options = {"alpha_bar_new": new, "noise_new": new_noise, "copies": copies, "dtype": dtype}
     return PF.renoise(x_t, eps, noise, ALPHA_BAR.to(x_t.device), backend=backend, **options)
+
+
+@NEEDS_LIBRARY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_large_results_are_those_of_small_ones(dtype):
+    """Bit for bit: 16 MiB and more go past the caches, 16-bit images without gaps go by way of no buffer."""
+    images = [torch.randn(3, 4, 512, 448, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3)]
+    large = run(*images, copies=4, backend="cpu")
+    assert large.nbytes >= 2**24
+    apart = [image.to(memory_format=torch.channels_last) for image in images]
+    small = torch.cat([
+        PF.renoise(*(image[i : i + 1] for image in apart), ALPHA_BAR[i : i + 1], backend="cpu") for i in range(3)])
+    assert all(torch.equal(copy, small) for copy in large.chunk(4))
 
 
 VARIANTS = [{}, {"new": ALPHA_BAR_NEW}, {"copies": 3}, {"copies": 2, "new": ALPHA_BAR_NEW}]
@@ -145,9 +158,14 @@ def test_rounding_to_sixteen_bits_is_pytorchs(backend, bad):
         assert torch.equal(read, finite.float())
 
 
-def test_empty_batch():
-    empty = torch.empty(0, 4, 2, 2)
-    assert PF.renoise(empty, empty, empty, torch.empty(0), copies=2).shape == (0, 4, 2, 2)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 4, 2, 2), (3, 0, 2, 2), (3, 4, 2, 0)])
+def test_empty_tensors(backend, shape):
+    empty = torch.empty(shape, requires_grad=True)
+    made = PF.renoise(empty, empty, empty, ALPHA_BAR[: shape[0]], copies=2, backend=backend)
+    assert made.shape == (2 * shape[0], *shape[1:])
+    made.sum().backward()
+    assert empty.grad.shape == shape
 
 
 @pytest.mark.parametrize("overload", ["default", "reference"])

@@ -281,9 +281,11 @@ def test_second_derivatives_are_refused():
         grad.sum().backward()
 
 
-def test_empty_batch():
-    loss, stats, grad = run(images(shape=(0, 4, 2, 2)), "auto")
-    assert loss == 0 and stats.shape == (0, 3) and grad.shape == (0, 4, 2, 2)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 4, 2, 2), (3, 0, 2, 2), (3, 4, 2, 0)])
+def test_empty_tensors(backend, shape):
+    loss, stats, grad = run(images(shape=shape), backend)
+    assert loss == 0 and torch.equal(stats, torch.zeros(shape[0], 3)) and grad.shape == shape
 
 
 @pytest.mark.parametrize("overload", ["default", "reference"])

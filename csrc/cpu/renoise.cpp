@@ -2,17 +2,28 @@
 #include <initializer_list>
 
 #include "tile.h"
+#include "vector.h"
 
 namespace palp_fast::cpu::PALP_LEVEL {
 namespace {
+
+constexpr int64_t kLarge = 16 << 20;  // bytes of a result that no cache holds when it is read
 
 // The other copies, from the first while that is in the first cache.
 void copy_first(const RenoiseParams& params, Tile tile) {
   const Shape& shape = params.shape;
   const int64_t size = size_of(params.out.dtype), apart = shape.numel() * size;
+  const int64_t bytes = tile.count * size;
   char* const first = static_cast<char*>(params.out.data) + (tile.sample * shape.image() + tile.first) * size;
+  const bool aligned = (reinterpret_cast<uintptr_t>(first) | uintptr_t(apart) | uintptr_t(bytes)) % 64 == 0;
+  const bool streamed = aligned && params.copies * apart >= kLarge;
   for (int64_t copy = 1; copy < params.copies; ++copy) {
-    std::memcpy(first + copy * apart, first, size_t(tile.count * size));
+    char* const to = first + copy * apart;
+    if (streamed) {
+      stream_bytes(first, bytes, to);
+    } else {
+      std::memcpy(to, first, size_t(bytes));
+    }
   }
 }
 

@@ -2,6 +2,8 @@
 // serves both. PALP_VECTOR is defined where the instruction set has look-ups of eight words.
 #pragma once
 
+#include <cstring>
+
 #include "palp_fast/elementary.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
@@ -21,58 +23,97 @@ PALP_INLINE void ask_for(const void* from, int64_t offset, int64_t count) {
 #endif
 }
 
+// Copies past the caches what is not read soon: memory that is only written is then not read first. Addresses and count
+// are multiples of 64 bytes.
+PALP_INLINE void stream_bytes(const char* from, int64_t count, char* to) {
+#if defined(__AVX512F__)
+  for (int64_t byte = 0; byte < count; byte += 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + byte), _mm512_loadu_si512(from + byte));
+  }
+  _mm_sfence();
+#elif defined(__AVX2__)
+  for (int64_t byte = 0; byte < count; byte += 32) {
+    const __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + byte));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + byte), value);
+  }
+  _mm_sfence();
+#else
+  std::memcpy(to, from, size_t(count));
+#endif
+}
+
 #if defined(__AVX512F__)
 
 constexpr int64_t kWidth = 16;
+using FloatRegister = __m512;
+using WordRegister = __m512i;
+#define PALP_ALL(operation) _mm512_##operation
+#define PALP_BITWISE(operation) _mm512_##operation##si512
+
+#elif defined(__AVX2__)
+
+constexpr int64_t kWidth = 8;
+using FloatRegister = __m256;
+using WordRegister = __m256i;
+#define PALP_ALL(operation) _mm256_##operation
+#define PALP_BITWISE(operation) _mm256_##operation##si256
+
+#endif
+
+#ifdef PALP_VECTOR
 
 struct Floats {
-  __m512 value;
+  FloatRegister value;
 
-  PALP_INLINE Floats(__m512 all) : value(all) {}
-  PALP_INLINE Floats(float each) : value(_mm512_set1_ps(each)) {}
+  PALP_INLINE Floats(FloatRegister all) : value(all) {}
+  PALP_INLINE Floats(float each) : value(PALP_ALL(set1_ps)(each)) {}
 };
 
 struct Words {
-  __m512i value;
+  WordRegister value;
 
-  PALP_INLINE Words(__m512i all) : value(all) {}
-  PALP_INLINE Words(int32_t each) : value(_mm512_set1_epi32(each)) {}
+  PALP_INLINE Words(WordRegister all) : value(all) {}
+  PALP_INLINE Words(int32_t each) : value(PALP_ALL(set1_epi32)(each)) {}
 };
 
-PALP_INLINE Floats load_floats(const float* from) { return _mm512_loadu_ps(from); }
-PALP_INLINE void store_floats(Floats a, float* to) { _mm512_storeu_ps(to, a.value); }
+PALP_INLINE Floats load_floats(const float* from) { return PALP_ALL(loadu_ps)(from); }
+PALP_INLINE void store_floats(Floats a, float* to) { PALP_ALL(storeu_ps)(to, a.value); }
+
+PALP_INLINE Floats operator+(Floats a, Floats b) { return PALP_ALL(add_ps)(a.value, b.value); }
+PALP_INLINE Floats operator-(Floats a, Floats b) { return PALP_ALL(sub_ps)(a.value, b.value); }
+PALP_INLINE Floats operator*(Floats a, Floats b) { return PALP_ALL(mul_ps)(a.value, b.value); }
+PALP_INLINE Floats operator/(Floats a, Floats b) { return PALP_ALL(div_ps)(a.value, b.value); }
+PALP_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return PALP_ALL(fmadd_ps)(a.value, b.value, c.value); }
+PALP_INLINE Floats square_root(Floats a) { return PALP_ALL(sqrt_ps)(a.value); }
+PALP_INLINE Floats at_most(Floats a, Floats limit) { return PALP_ALL(min_ps)(a.value, limit.value); }
+
+PALP_INLINE Words operator+(Words a, Words b) { return PALP_ALL(add_epi32)(a.value, b.value); }
+PALP_INLINE Words operator-(Words a, Words b) { return PALP_ALL(sub_epi32)(a.value, b.value); }
+PALP_INLINE Words operator&(Words a, Words b) { return PALP_BITWISE(and_)(a.value, b.value); }
+PALP_INLINE Words operator|(Words a, Words b) { return PALP_BITWISE(or_)(a.value, b.value); }
+template <int kBits>
+PALP_INLINE Words shifted_down(Words a) {
+  return PALP_ALL(srli_epi32)(a.value, kBits);
+}
+PALP_INLINE Words larger(Words a, Words b) { return PALP_ALL(max_epi32)(a.value, b.value); }
+
+// By halves of words, without sign: a - b or 0; the upper half of the product.
+PALP_INLINE Words less_by(Words a, Words b) { return PALP_ALL(subs_epu16)(a.value, b.value); }
+PALP_INLINE Words upper_product(Words a, Words b) { return PALP_ALL(mulhi_epu16)(a.value, b.value); }
+
+PALP_INLINE Words bits(Floats a) { return PALP_BITWISE(castps_)(a.value); }
+PALP_INLINE Floats converted(Words a) { return PALP_ALL(cvtepi32_ps)(a.value); }
+PALP_INLINE Words truncated(Floats a) { return PALP_ALL(cvttps_epi32)(a.value); }
+
+#endif
+
+#if defined(__AVX512F__)
+
+PALP_INLINE Floats floats(Words a) { return _mm512_castsi512_ps(a.value); }
 PALP_INLINE Words load_bytes(const uint8_t* from) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
-
-PALP_INLINE Floats operator+(Floats a, Floats b) { return _mm512_add_ps(a.value, b.value); }
-PALP_INLINE Floats operator-(Floats a, Floats b) { return _mm512_sub_ps(a.value, b.value); }
-PALP_INLINE Floats operator*(Floats a, Floats b) { return _mm512_mul_ps(a.value, b.value); }
-PALP_INLINE Floats operator/(Floats a, Floats b) { return _mm512_div_ps(a.value, b.value); }
-PALP_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a.value, b.value, c.value); }
-PALP_INLINE Floats square_root(Floats a) { return _mm512_sqrt_ps(a.value); }
-PALP_INLINE Floats at_most(Floats a, Floats limit) { return _mm512_min_ps(a.value, limit.value); }
-
-PALP_INLINE Words operator+(Words a, Words b) { return _mm512_add_epi32(a.value, b.value); }
-PALP_INLINE Words operator-(Words a, Words b) { return _mm512_sub_epi32(a.value, b.value); }
-PALP_INLINE Words operator&(Words a, Words b) { return _mm512_and_si512(a.value, b.value); }
-PALP_INLINE Words operator|(Words a, Words b) { return _mm512_or_si512(a.value, b.value); }
-template <int kBits>
-PALP_INLINE Words shifted_down(Words a) {
-  return _mm512_srli_epi32(a.value, kBits);
-}
-PALP_INLINE Words larger(Words a, Words b) { return _mm512_max_epi32(a.value, b.value); }
 PALP_INLINE int32_t largest(Words a) { return _mm512_reduce_max_epi32(a.value); }
-
-// By halves of words, without sign: a - b or 0; the upper half of the product.
-PALP_INLINE Words less_by(Words a, Words b) { return _mm512_subs_epu16(a.value, b.value); }
-PALP_INLINE Words upper_product(Words a, Words b) { return _mm512_mulhi_epu16(a.value, b.value); }
-
-PALP_INLINE Words bits(Floats a) { return _mm512_castps_si512(a.value); }
-PALP_INLINE Floats floats(Words a) { return _mm512_castsi512_ps(a.value); }
-PALP_INLINE Floats converted(Words a) { return _mm512_cvtepi32_ps(a.value); }
-PALP_INLINE Words truncated(Floats a) { return _mm512_cvttps_epi32(a.value); }
-
 PALP_INLINE Words plus_one_where_above(Words count, Floats a, Floats b) {
   const __mmask16 above = _mm512_cmp_ps_mask(a.value, b.value, _CMP_GT_OQ);
   return _mm512_mask_add_epi32(count.value, above, count.value, _mm512_set1_epi32(1));
@@ -105,60 +146,15 @@ PALP_INLINE void store_bytes(Words a, Words b, Words c, Words d, uint8_t* to) {
 
 #elif defined(__AVX2__)
 
-constexpr int64_t kWidth = 8;
-
-struct Floats {
-  __m256 value;
-
-  PALP_INLINE Floats(__m256 all) : value(all) {}
-  PALP_INLINE Floats(float each) : value(_mm256_set1_ps(each)) {}
-};
-
-struct Words {
-  __m256i value;
-
-  PALP_INLINE Words(__m256i all) : value(all) {}
-  PALP_INLINE Words(int32_t each) : value(_mm256_set1_epi32(each)) {}
-};
-
-PALP_INLINE Floats load_floats(const float* from) { return _mm256_loadu_ps(from); }
-PALP_INLINE void store_floats(Floats a, float* to) { _mm256_storeu_ps(to, a.value); }
+PALP_INLINE Floats floats(Words a) { return _mm256_castsi256_ps(a.value); }
 PALP_INLINE Words load_bytes(const uint8_t* from) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
 }
-
-PALP_INLINE Floats operator+(Floats a, Floats b) { return _mm256_add_ps(a.value, b.value); }
-PALP_INLINE Floats operator-(Floats a, Floats b) { return _mm256_sub_ps(a.value, b.value); }
-PALP_INLINE Floats operator*(Floats a, Floats b) { return _mm256_mul_ps(a.value, b.value); }
-PALP_INLINE Floats operator/(Floats a, Floats b) { return _mm256_div_ps(a.value, b.value); }
-PALP_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a.value, b.value, c.value); }
-PALP_INLINE Floats square_root(Floats a) { return _mm256_sqrt_ps(a.value); }
-PALP_INLINE Floats at_most(Floats a, Floats limit) { return _mm256_min_ps(a.value, limit.value); }
-
-PALP_INLINE Words operator+(Words a, Words b) { return _mm256_add_epi32(a.value, b.value); }
-PALP_INLINE Words operator-(Words a, Words b) { return _mm256_sub_epi32(a.value, b.value); }
-PALP_INLINE Words operator&(Words a, Words b) { return _mm256_and_si256(a.value, b.value); }
-PALP_INLINE Words operator|(Words a, Words b) { return _mm256_or_si256(a.value, b.value); }
-template <int kBits>
-PALP_INLINE Words shifted_down(Words a) {
-  return _mm256_srli_epi32(a.value, kBits);
-}
-PALP_INLINE Words larger(Words a, Words b) { return _mm256_max_epi32(a.value, b.value); }
 PALP_INLINE int32_t largest(Words a) {
   const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(a.value), _mm256_extracti128_si256(a.value, 1));
   const __m128i two = _mm_max_epi32(four, _mm_unpackhi_epi64(four, four));
   return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 1)));
 }
-
-// By halves of words, without sign: a - b or 0; the upper half of the product.
-PALP_INLINE Words less_by(Words a, Words b) { return _mm256_subs_epu16(a.value, b.value); }
-PALP_INLINE Words upper_product(Words a, Words b) { return _mm256_mulhi_epu16(a.value, b.value); }
-
-PALP_INLINE Words bits(Floats a) { return _mm256_castps_si256(a.value); }
-PALP_INLINE Floats floats(Words a) { return _mm256_castsi256_ps(a.value); }
-PALP_INLINE Floats converted(Words a) { return _mm256_cvtepi32_ps(a.value); }
-PALP_INLINE Words truncated(Floats a) { return _mm256_cvttps_epi32(a.value); }
-
 PALP_INLINE Words plus_one_where_above(Words count, Floats a, Floats b) {
   return _mm256_sub_epi32(count.value, _mm256_castps_si256(_mm256_cmp_ps(a.value, b.value, _CMP_GT_OQ)));
 }

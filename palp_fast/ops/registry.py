@@ -18,6 +18,7 @@ from palp_fast import backend
 from palp_fast.ops.scratch import ARGUMENTS, Scratch, with_scratch
 
 LIBRARY = torch.library.Library("palp_fast", "DEF")
+_NODES: dict[Callable, type[torch.autograd.Function]] = {}  # by overload
 _PUBLIC = {"default": "", "reference": ".reference", "triton": ".triton"}
 
 
@@ -74,16 +75,16 @@ def kind(name: str, device: torch.device, requested: str) -> str:
 
 
 def call(op: Callable, *args, tracked: tuple[int, ...] = ()):
-    """op(*args); where no gradient is asked for, without the dispatcher's way through Python, a third of a short call.
+    """op(*args) without the dispatcher's way through Python, a third of a short call.
 
     tracked: as `differentiable` has it.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return op(*args)
     if torch.is_grad_enabled():
         for i in tracked:
             if args[i].requires_grad:
-                return op(*args)
+                return _NODES[op].apply(None, args, *(args[j] for j in tracked))
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
@@ -121,6 +122,8 @@ def _autograd(op, setup_context: Callable, backward: Callable, tracked: tuple[in
 
     def run(keyset, args):
         with torch._C._AutoDispatchBelowAutograd():
+            if keyset is None:  # from `call`
+                return op(*args)
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     def forward(ctx, keyset, args, *_):
@@ -139,7 +142,7 @@ def _autograd(op, setup_context: Callable, backward: Callable, tracked: tuple[in
         return None, None, *backward(ctx, *grads)
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(node_backward)}
-    node = type(op._schema.name.replace("::", "_"), (torch.autograd.Function,), members)
+    node = _NODES[op] = type(op._schema.name.replace("::", "_"), (torch.autograd.Function,), members)
 
     def kernel(keyset, *args):
         tensors = [args[i] for i in tracked if i < len(args)]  # defaults at the end are left out
