@@ -73,6 +73,8 @@ CASES = {
     "subject prompt too long": (
         lambda t: {"subject_prompt": "[V]" + " photo" * 20}, ConfigError, "^subject_prompt: .* at most 16"),
     "clean prompt too long": (lambda t: {"clean_prompt": "owl " * 20}, ConfigError, "^clean_prompt: .* at most 16"),
+    "negative prompt too long": (
+        lambda t: {"method": "nfsd", "negative_prompt": "owl " * 20}, ConfigError, "^negative_prompt: .* at most 16"),
     "alpha zero": (lambda t: {"alpha": 0}, ConfigError, "^alpha: 0 is not allowed; allowed: a finite number > 0"),
     "alpha negative": (lambda t: {"alpha": -7.5}, ConfigError, "^alpha: -7.5 is not allowed"),
     "rank zero": (lambda t: {"rank": 0}, ConfigError, "^rank: 0 is not allowed; allowed: an integer >= 1"),

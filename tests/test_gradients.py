@@ -15,11 +15,15 @@ from step import (
     WORDS,
     assert_equal_gradients,
     batch,
+    by_encoder,
     call_options,
     check_trainer,
+    lora_pairs,
+    make_trainer,
     scatter,
     settings_for,
     timesteps,
+    truth_of,
 )
 from truth import Truth
 
@@ -74,10 +78,35 @@ def test_diffusers_own_modules_equal_autograd(folders, tmp_path, name):
     check_trainer(folders[kind], tmp_path / "run", settings_for(chosen), other=other, lean=False)
 
 
-@pytest.mark.parametrize("subject", [0, 1])
-def test_two_subjects(folders, tmp_path, subject):
-    _, rows = check_trainer(folders["sd"], tmp_path / "run", settings_for({}, subjects=2), subject=subject)
+@pytest.mark.parametrize("kind, subject", [("sd", 0), ("sd", 1), ("sd_v", 1)])
+def test_two_subjects(folders, tmp_path, kind, subject):
+    _, rows = check_trainer(folders[kind], tmp_path / "run", settings_for({}, subjects=2), subject=subject)
     assert rows[0][1 - subject].norm() == 0, "the other subject's row has a gradient"
+
+
+@pytest.mark.parametrize("kind, lean", [("sd", None), ("sd", False), ("sdxl", None)])
+def test_a_drawn_batch(folders, tmp_path, kind, lean):
+    """As training draws it: subjects mixed, each with its own prompt, samples weighed, other noise and timesteps."""
+    settings = settings_for({"rescale": False}, subjects=2)
+    other = {"same_noise": False, "same_timestep": False, "timesteps": "uniform"}
+    trainer = make_trainer(folders[kind], tmp_path / "run", settings, lean=lean, batch_size=3, **other)
+    scatter(lora_pairs(trainer), trainer.token_rows())
+    draws = (trainer.draws.batch(step, 0) for step in itertools.count())
+    drawn = next(each for each in draws if set(each.subjects) == {0, 1} and each.t.max() < 800)
+    weights = [0.5, 2.0, 1.25]
+    drawn = dataclasses.replace(drawn, sample_weight=torch.tensor(weights))
+    trainer.update.zero()
+    trainer.update.backward(trainer._loss(drawn)[0])
+    found = {name: (a.grad, b.grad) for name, (a, b) in lora_pairs(trainer).items()}
+    truth, sums = truth_of(folders[kind], trainer, settings, list(WORDS)), None
+    for i, (subject, weight) in enumerate(zip(drawn.subjects, weights)):
+        latents, t, noise, t_new, noise_new = (
+            getattr(drawn, name)[i : i + 1] for name in ("latents", "t", "noise", "t_new", "noise_new"))
+        lora, rows = truth.gradients(latents, t, noise, subject=subject, t_new=t_new, noise_new=noise_new)
+        own = [weight / 3 * grad for grad in (*(grad for pair in lora.values() for grad in pair), *rows)]
+        sums = own if sums is None else [a + b for a, b in zip(sums, own)]
+    wanted = {name: (sums[2 * i], sums[2 * i + 1]) for i, name in enumerate(lora)}
+    assert_equal_gradients((found, by_encoder(trainer, lambda row: row.grad)), (wanted, sums[2 * len(wanted) :]))
 
 
 @pytest.mark.parametrize(

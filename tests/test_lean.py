@@ -120,6 +120,7 @@ ROWS = {
     "student alone": ([1, 2, 2, 0], 1.0),
     "one copy": ([2, 2], 1.0),
     "nothing shared": ([0, 1, 2, 0], [0.0, 1.0, 0.5, 0.0]),
+    "one prompt, several factors": ([2, 2, 2, 2, 0, 0, 0, 0], [1.0, 0.5, 0.0, 1.0, 0.0, 0.5, 1.0, 0.0]),
 }
 
 
@@ -155,8 +156,9 @@ def test_rows_equal_the_plain_batch(kind, name):
 
 
 @pytest.mark.parametrize("memory", MODES)
-@pytest.mark.parametrize("targets", ["attention", "cross_kv"])
-def test_gradients_of_rows(targets, memory):
+@pytest.mark.parametrize(
+    "targets, name", [("attention", "palp"), ("cross_kv", "palp"), ("attention", "one prompt, several factors")])
+def test_gradients_of_rows(targets, name, memory):
     unet = lean_models.make("sdxl")
     stock, stock_layers = lean_models.stock(unet, targets)
     twin, layers = lean(unet, memory, lora_targets=targets)
@@ -165,14 +167,14 @@ def test_gradients_of_rows(targets, memory):
         call = lean_models.inputs("sdxl", prompts=3)
         names = lean_models.leaves(call[2], own)
         if each is stock:
-            args, keywords = plain_batch(call, *ROWS["palp"])
+            args, keywords = plain_batch(call, *ROWS[name])
             out = stock(*args, **keywords).sample
         else:
-            out = twin(*call[:2], **call[2], rows=nn.Rows(2, *ROWS["palp"])).sample
+            out = twin(*call[:2], **call[2], rows=nn.Rows(2, *ROWS[name])).sample
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
         results.append(dict(zip(names, torch.autograd.grad(out, list(names.values()), upstream))))
-    for name in results[0]:
-        assert_close(results[1][name], results[0][name], 2 * TOLERANCE, name)
+    for leaf in results[0]:
+        assert_close(results[1][leaf], results[0][leaf], 2 * TOLERANCE, leaf)
 
 
 def test_what_rows_share_is_computed_once():

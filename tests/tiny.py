@@ -16,7 +16,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 KINDS = ("sd", "sd_v", "sdxl")
@@ -83,15 +83,15 @@ def config(folder, output_dir, **overrides):
 
 @functools.cache
 def _bpe():
-    """(vocabulary, merges) of a small byte-level BPE with CLIP's conventions: every text can be tokenised."""
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    """(vocabulary, merges) of a byte-level BPE with CLIP's conventions: any text, words of SENTENCES as one token.
+
+    Not learned: the trainer of `tokenizers` breaks ties differently in every process, and every model was another one.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=400, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix="</w>")
-    tokenizer.train_from_iterator(SENTENCES, trainer)
-    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    merges = []
+    for word in sorted(set(" ".join(SENTENCES).split())):
+        letters = [*word[:-1], f"{word[-1]}</w>"]
+        merges += [("".join(letters[:i]), letters[i]) for i in range(1, len(letters))]
     words = [*alphabet, *(f"{letter}</w>" for letter in alphabet), *("".join(m) for m in merges)]
     words += ["<|startoftext|>", "<|endoftext|>"]
     return {word: i for i, word in enumerate(dict.fromkeys(words))}, merges
