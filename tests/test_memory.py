@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import sys
 
 import alive
 import ledger
@@ -194,7 +195,7 @@ def test_the_trainer_splits_as_the_estimate_says(folders, tmp_path, monkeypatch)
     choice = fitting([whole], need, asked=True)
     assert choice.at_once == 2 and "fast, 2 no-grad predictions at once needs" in choice.reason
     cfg = tiny.config(folders["sd"], tmp_path / "run", teacher=str(folders["sd"]))
-    monkeypatch.setattr("palp_fast.train.prepare",
+    monkeypatch.setattr(sys.modules["palp_fast.train"], "prepare",
                         lambda cfg, lean: dataclasses.replace(prepare(cfg, lean=lean), choice=choice))
     trainer = quiet(cfg)
     assert trainer.predictions.at_once == trainer.teacher.predictions.at_once == 2
