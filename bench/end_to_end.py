@@ -131,8 +131,8 @@ def _local(folder: str) -> Path:
 
 
 def work(pipe, provider: str, case: Case, lora_steps: int, begun: float) -> None:
-    """A worker: sends ("ready", (some gradients, seconds from `begun`, the start of the process, to the saved LoRA or
-    None)), then for every True it gets ("step", (seconds, peak bytes)). What goes wrong is sent as ("error", reason)."""
+    """A worker: sends ("ready", (some gradients, seconds from `begun` to the saved LoRA or None)), `begun` being the
+    start of the process, then for every True it gets ("step", (seconds, peak bytes)); ("error", reason) if it fails."""
     try:
         torch.set_num_threads(case.threads)
         watch_memory(case.device)
@@ -192,7 +192,7 @@ class Worker:
             self.problem = "unavailable", "the plain baseline gave no gradient to compare with"
             return
         error, limit = step_gate.error(self.gradients, truth), step_gate.LIMITS[self.dtype]
-        if error > limit:
+        if not error <= limit:
             self.problem = "wrong", f"relative error of the gradient {error:.1e}, allowed {limit:.1e}"
 
     def step(self) -> None:
@@ -211,6 +211,8 @@ class Worker:
             kind, value = self.pipe.recv() if self.pipe.poll(limit) else ("error", f"not ready after {limit:.0f} s")
         except EOFError:
             self.process.join()
+            if self.process.exitcode == -signal.SIGTERM:  # as this process: `timeout` ends a whole group
+                raise Stopped from None
             kind, value = "error", f"the process ended with code {self.process.exitcode}"
         if kind == "error":
             self.problem = "unavailable", value

@@ -123,7 +123,8 @@ def packaged() -> Counts:
         ("packaged bytes", f"{backend.TITLES[device]} library"): path.stat().st_size
         for device, path in backend.LIBRARIES.items() if path.exists()
     }
-    return {("packaged bytes", "wheel without libraries"): sum(f.stat().st_size for f in files if f.exists())} | libraries
+    others = sum(file.stat().st_size for file in files if file.exists())
+    return {("packaged bytes", "wheel without libraries"): others} | libraries
 
 
 def counted(everything: bool = True) -> Iterator[tuple[tuple[str, str], int]]:

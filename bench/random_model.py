@@ -7,6 +7,7 @@ of emoji-64, and the token tables are as long as it needs.
 from __future__ import annotations
 
 import sys
+import zlib
 from pathlib import Path
 
 import diffusers
@@ -87,15 +88,23 @@ def _random(kind: type, *args, **kwargs) -> nn.Module:
 
 @torch.no_grad()
 def _filled(module: nn.Module) -> nn.Module:
-    """In memory, matrices with entries of standard deviation fan-in^-1/2; far faster than drawing every weight."""
+    """In memory, matrices with entries of standard deviation fan-in^-1/2; far faster than drawing every weight.
+
+    Text encoders add less in every layer the more they have, as one starts training them: SDXL reads their states
+    without a norm, and states far above 1 make its attention choose single tokens, so that rounding changes everything.
+    """
     module.to_empty(device="cpu")
+    layers = getattr(module.config, "num_hidden_layers", 1)
     pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(0))
     for name, parameter in module.named_parameters():
         if parameter.dim() < 2:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
         size = 0.02 if "embedding" in name else parameter[0].numel() ** -0.5
-        values = (size * pool).to(parameter.dtype)
+        if name.endswith(("out_proj.weight", "fc2.weight")):
+            size *= (2 * layers) ** -0.5
+        # From another place for every layer: equal matrices for q and k would make each token attend to itself.
+        values = (size * pool.roll(zlib.crc32(name.encode()) % _POOL)).to(parameter.dtype)
         for part in parameter.view(-1).split(_POOL):
             part.copy_(values[: len(part)])
     return module

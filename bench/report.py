@@ -107,7 +107,8 @@ def machines_table() -> str:
 def step_cases(kind: str) -> list[list[StepRow]]:
     """Rows of one model on one device, ours first."""
     found = [row for row in rows.read(StepRow) if row.kind == kind]
-    found.sort(key=lambda row: (row.device, row.model, row.latents, row.dtype, not row.provider.startswith("palp_fast")))
+    found.sort(key=lambda row: (
+        row.device, row.model, row.latents, row.dtype, not row.provider.startswith("palp_fast")))
     return [list(group) for _, group in groupby(found, key=lambda row: (row.device, row.model, row.latents, row.dtype))]
 
 
