@@ -22,6 +22,8 @@ def group_norm_silu_ref(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y in the dtype and layout of x, mean, rstd [B, groups]), computed in fp32 (fp64 for fp64)."""
     wide, weight, bias = _wide(x, weight, bias)
+    # On a CPU torch takes the variance of a channels-last image as E[x^2] - mean^2: where a group's mean is 10 standard
+    # deviations, fp32 is off by 1e-5, against 7e-7 of a contiguous image.
     z, mean, rstd = torch.native_group_norm(wide, weight, bias, *_sizes(x), groups, eps)
     y = F.silu(z, inplace=True) if silu else z
     return in_layout(y.to(x.dtype), channels_last(x)), mean, rstd
