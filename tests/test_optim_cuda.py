@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.bench_optimizers import MODELS, sizes
+from bench.bench_optimizers import SHAPES, sizes
 from bench.timing import interleaved
 from close import NEEDS_CUDA
 from palp_fast import functional
@@ -80,7 +80,7 @@ def test_replays_are_the_eager_steps(kind):
 
 def test_a_step_in_a_graph_takes_little_longer_than_its_bytes():
     """Norm and update of SD1.x's LoRA at rank 32, against a copy timed in turns with it."""
-    params = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for shape in sizes(*MODELS["SD1.x"])]
+    params = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for shape in sizes(*SHAPES["SD1.x"])]
     for param in params:
         param.grad = 1e-3 * torch.randn_like(param)
     optimizer = AdamW8bit(params, max_grad_norm=1.0, capturable=True)
