@@ -18,3 +18,11 @@ def own_random_numbers(request):
     import torch
 
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()) + int(os.environ.get("PALP_FAST_SEED", "0")))
+
+
+@pytest.fixture(scope="session")
+def compiler(tmp_path_factory):
+    """Environment of builds, which compile each source once in all."""
+    from building import compiling
+
+    return compiling(tmp_path_factory.mktemp("objects"))

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from building import ROOT, copy_source, output
 from close import NEEDS_CUDA_LIBRARY
 from palp_fast import backend, ops  # noqa: F401  (ops loads the library)
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
 
 CPU_LIBRARY, CUDA_LIBRARY = backend.LIBRARIES["cpu"].name, backend.LIBRARIES["cuda"].name
@@ -47,16 +46,8 @@ KERNEL = re.compile(r"__global__\s+(?:__launch_bounds__\([^)]*\)\s+)?void\s+(?:_
 
 
 def build_wheel(folder: Path, **environment: str) -> zipfile.ZipFile:
-    """The wheel, built from links to what a build reads, so that the source tree stays as it is."""
-    source = folder / "source"
-    ignored = shutil.ignore_patterns("lib", "__pycache__")
-    shutil.copytree(ROOT / "palp_fast", source / "palp_fast", copy_function=os.symlink, ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
-        if (ROOT / name).exists():
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    (source / "csrc").symlink_to(ROOT / "csrc")
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-build-isolation", "--no-deps", "-w", str(folder), "-q"]
-    subprocess.run(command, cwd=source, env={**os.environ, **environment}, check=True, timeout=300)
+    output(command, copy_source(folder), **environment)
     (wheel,) = folder.glob("*.whl")
     return zipfile.ZipFile(wheel)
 
@@ -70,23 +61,11 @@ def probe(folder: Path) -> tuple[str, float]:
     return line, float(value)
 
 
-def has_compiler() -> bool:
-    from setuptools._distutils.ccompiler import new_compiler
-    from setuptools._distutils.sysconfig import customize_compiler
-
-    compiler = new_compiler()
-    customize_compiler(compiler)
-    return any(Path(folder, compiler.compiler_cxx[0]).exists() for folder in os.environ["PATH"].split(os.pathsep))
-
-
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
+def installed(tmp_path_factory, compiler):
     """A folder with the unpacked wheel of a build with the compiler at hand."""
-    pytest.importorskip("setuptools", minversion="77")
-    if sys.platform != "linux" or not has_compiler():
-        pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("built")
-    with build_wheel(folder) as wheel:
+    with build_wheel(folder, **compiler) as wheel:
         wheel.extractall(folder / "site")
         return folder / "site", wheel.filename, wheel.namelist()
 
