@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from building import ROOT, copy_source, output
+from bench.guard import NOT_IN_WHEEL
 from close import NEEDS_CUDA_LIBRARY
 from palp_fast import backend, ops  # noqa: F401  (ops loads the library)
 
@@ -82,6 +83,7 @@ def test_wheel_holds_the_model_and_the_demo(installed):
     wanted = [f"palp_fast/{pattern}" for pattern in (*DATA, f"lib/{CPU_LIBRARY}")]
     missing = [pattern for pattern in wanted if not any(fnmatchcase(name, pattern) for name in names)]
     assert not missing
+    assert not [name for name in names if fnmatchcase(name, NOT_IN_WHEEL)]
     assert Path(filename).stat().st_size <= MOST_BYTES
 
 
