@@ -325,7 +325,7 @@ def test_metrics_that_are_read_later_are_the_same(models, tmp_path):
     ({"clean_prompt": "a sketch of a cat " + "on a red background " * 4}, ConfigError, "clean_prompt.*at most 16"),
     ({"subject_prompt": "a photo of [V] " + "on a red background " * 4}, ConfigError, "subject_prompt.*at most 16"),
     ({"token": "photo"}, ConfigError, "token.*vocabulary"),
-    ({"token": "ske", "prompt": "a skewed sketch of [V]"}, ConfigError, "token.*part of another word"),
+    ({"token": "ew", "prompt": "a skewed sketch of [V]"}, ConfigError, "token.*part of another word"),
     ({"alpha": 0.0}, ConfigError, "alpha"), ({"rank": 0}, ConfigError, "rank"),
     ({"model": "emoji-65"}, ConfigError, "emoji-64"), ({"model": "/nowhere/model"}, ConfigError, "model"),
     ({"output_dir": "/proc/palp"}, ConfigError, "output_dir"), ({"resume": "must"}, ConfigError, "resume"),
