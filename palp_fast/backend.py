@@ -92,6 +92,11 @@ def select(op: str, device: torch.device, requested: str = "auto") -> str:
     raise RuntimeError(f"backend={requested!r} cannot serve {op} on {device}: {reason}")
 
 
+def has_compiled(op: str, name: str) -> bool:
+    """Whether the library compiled for this type of device is loaded and has `op`."""
+    return _problems[name] is None and op in _served[name]
+
+
 def _home(op: str, device: torch.device) -> str:
     """The one accelerated backend of an operator on a device type."""
     return "triton" if device.type == "cuda" and op in TRITON else device.type

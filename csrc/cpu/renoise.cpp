@@ -35,15 +35,10 @@ bool is_direct(const RenoiseParams& params) {
   return true;
 }
 
-template <typename Stored>
-const Stored* start(const ImageView& image, Tile tile) {
-  return static_cast<const Stored*>(image.data) + tile.sample * image.batch_stride + tile.first;
-}
-
 template <typename Stored, typename Real>
 void renoise_direct(const RenoiseParams& params, const RenoiseFactors<Real> factors, Tile tile) {
-  const Stored *x = start<Stored>(params.x_t, tile), *eps = start<Stored>(params.eps_pred, tile);
-  const Stored* noise = start<Stored>(params.noise, tile);
+  const Stored *x = start_of<Stored>(params.x_t, tile), *eps = start_of<Stored>(params.eps_pred, tile);
+  const Stored* noise = start_of<Stored>(params.noise, tile);
   Stored* PALP_RESTRICT out = static_cast<Stored*>(params.out.data) + tile.sample * params.shape.image() + tile.first;
   if (factors.same) {
     for (int64_t i = 0; i < tile.count; ++i) {
@@ -53,6 +48,14 @@ void renoise_direct(const RenoiseParams& params, const RenoiseFactors<Real> fact
     for (int64_t i = 0; i < tile.count; ++i) {
       round_to(factors.apply(Real(widen(x[i])), Real(widen(eps[i])), Real(widen(noise[i]))), out[i]);
     }
+  }
+}
+
+// The next tile of an image without gaps; of another it is a guess.
+void ask_for_next(const RenoiseParams& params, Tile tile) {
+  for (const ImageView* image : {&params.x_t, &params.eps_pred, &params.noise}) {
+    const int64_t size = size_of(image->dtype), first = tile.sample * image->batch_stride + tile.first;
+    ask_for(image->data, (first + tile.count) * size, tile.count * size);
   }
 }
 
@@ -79,6 +82,7 @@ void renoise_fwd(const RenoiseParams& params, ParallelFor parallel) {
   const bool direct = is_direct(params);
   for_each_tile(params.shape, parallel, [&](Tile tile, int64_t) {
     const RenoiseFactors<Real> factors(params.alpha_bar, params.alpha_bar_new, tile.sample);
+    ask_for_next(params, tile);
     if (direct && params.out.dtype == DType::bfloat16) {
       renoise_direct<BFloat16>(params, factors, tile);
     } else if (direct && params.out.dtype == DType::float16) {

@@ -1,4 +1,5 @@
 #include "tile.h"
+#include "vector.h"
 
 namespace palp_fast::cpu::PALP_LEVEL {
 namespace {
@@ -107,20 +108,111 @@ void finish_run(
   }
 }
 
+#ifdef PALP_VECTOR
+
+// Sums of the lanes of one register.
+struct RegisterSums {
+  Floats squares = 0.0f, residual = 0.0f, gradient = 0.0f, product = 0.0f;
+
+  PALP_INLINE void add_to(Lanes<float>& sums, int64_t first) const {
+    float lanes[4][kWidth];
+    store_floats(squares, lanes[0]);
+    store_floats(residual, lanes[1]);
+    store_floats(gradient, lanes[2]);
+    store_floats(product, lanes[3]);
+    for (int64_t i = 0; i < kWidth; ++i) sums.add(first + i, {lanes[0][i], lanes[1][i], lanes[2][i], lanes[3][i]});
+  }
+};
+
+// As combine and finish_groups, to the last bit, without buffers between memory and registers.
+template <int kTerms, typename Stored>
+int64_t direct_groups(
+    const ScoreParams<float>& params, const TileFactors<float>& factors, Tile run, Lanes<float>& sums,
+    float* PALP_RESTRICT gradient) {
+  constexpr int64_t kParts = kLanes / kWidth, kAhead = 1024;  // bytes
+  const Stored *pred = start_of<Stored>(params.pred, run), *target = start_of<Stored>(params.target, run);
+  const Stored* values[kTerms];
+  for (int term = 0; term < kTerms; ++term) values[term] = start_of<Stored>(params.predictions[term], run);
+  RegisterSums parts[kParts];
+  int64_t i = 0;
+  for (; i + kLanes <= run.count; i += kLanes) {
+    ask_for(pred + i, kAhead, 1);
+    ask_for(target + i, kAhead, 1);
+    for (int term = 0; term < kTerms; ++term) ask_for(values[term] + i, kAhead, 1);
+    for (int64_t part = 0; part < kParts; ++part) {
+      const int64_t at = i + part * kWidth;
+      RegisterSums& all = parts[part];
+      Floats residual = 0.0f;
+      for (int term = 0; term < kTerms; ++term) {
+        residual = residual + Floats(factors.coefficients[term]) * widened(values[term] + at);
+      }
+      const Floats value = widened(pred + at), error = value - widened(target + at);
+      const Floats pull = Floats(2.0f) * error - Floats(factors.pull) * residual;
+      all.squares = all.squares + error * error;
+      all.residual = all.residual + residual * residual;
+      all.gradient = all.gradient + pull * pull;
+      all.product = all.product + residual * value;
+      store_floats(Floats(factors.weight) * pull, gradient + at);
+    }
+  }
+  for (int64_t part = 0; part < kParts; ++part) parts[part].add_to(sums, part * kWidth);
+  return i;
+}
+
+using DirectGroups =
+    int64_t (*)(const ScoreParams<float>&, const TileFactors<float>&, Tile, Lanes<float>&, float* PALP_RESTRICT);
+
+template <typename Stored>
+DirectGroups direct_for(int64_t terms) {
+  return terms == 4 ? direct_groups<4, Stored> : terms == 3 ? direct_groups<3, Stored>
+       : terms == 2 ? direct_groups<2, Stored> : nullptr;
+}
+
+// Null unless all images hold one type without gaps and nothing is masked.
+DirectGroups direct(const ScoreParams<float>& params) {
+  const DType dtype = params.pred.dtype;
+  const auto fits = [&](const ImageView& view) {
+    return view.dtype == dtype && view.image_is_contiguous(params.shape);
+  };
+  if (params.mask.data || !fits(params.pred) || !fits(params.target)) return nullptr;
+  for (int64_t term = 0; term < params.terms; ++term) {
+    if (!fits(params.predictions[term])) return nullptr;
+  }
+  return dtype == DType::float32  ? direct_for<float>(params.terms)
+       : dtype == DType::bfloat16 ? direct_for<BFloat16>(params.terms)
+       : dtype == DType::float16  ? direct_for<Half>(params.terms)
+                                  : nullptr;
+}
+
+#else
+
+using DirectGroups =
+    int64_t (*)(const ScoreParams<float>&, const TileFactors<float>&, Tile, Lanes<float>&, float* PALP_RESTRICT);
+DirectGroups direct(const ScoreParams<float>&) { return nullptr; }
+
+#endif
+
 template <typename Real>
-ScoreSums<double> score_tile(const ScoreParams<Real>& params, Tile tile, Real* gradient) {
+ScoreSums<double> score_tile(const ScoreParams<Real>& params, Tile tile, Real* gradient, DirectGroups direct) {
   Real residual[kRun], pred[kRun], target[kRun], mask[kRun];
   const TileFactors<Real> factors(params, tile.sample);
   Lanes<Real> lanes;
   RunValues<Real> in{nullptr, nullptr, mask, residual};
-  for (int64_t i = 0; i < kRun; ++i) mask[i] = 1;
+  for (int64_t i = 0; i < (direct ? kLanes : kRun); ++i) mask[i] = 1;
   for (int64_t start = 0; start < tile.count; start += kRun) {
-    const Tile run{tile.sample, tile.first + start, least(kRun, tile.count - start)};
+    Tile run{tile.sample, tile.first + start, least(kRun, tile.count - start)};
+    Real* to = gradient + start;
+    if constexpr (same_type<Real, float>) {
+      const int64_t done = direct ? direct(params, factors, run, lanes, to) : 0;
+      if (done == run.count) continue;
+      run = Tile{run.sample, run.first + done, run.count - done};
+      to += done;
+    }
     combine(params, factors.coefficients, run, residual);
     in.pred = load(params.pred, params.shape, run, pred);
     in.target = load(params.target, params.shape, run, target);
     if (params.mask.data) in.mask = load(params.mask, params.shape, run, mask);
-    finish_run(in, factors, run.count, lanes, gradient + start);
+    finish_run(in, factors, run.count, lanes, to);
   }
   return lanes.total();
 }
@@ -130,8 +222,10 @@ ScoreSums<double> score_tile(const ScoreParams<Real>& params, Tile tile, Real* g
 template <typename Real>
 void score_combination_fwd(
     const ScoreParams<Real>& params, Real* gradient, ScoreSums<double>* sums, ParallelFor parallel) {
+  DirectGroups groups = nullptr;
+  if constexpr (same_type<Real, float>) groups = direct(params);
   for_each_tile(params.shape, parallel, [&](Tile tile, int64_t index) {
-    sums[index] = score_tile(params, tile, gradient + tile.sample * params.shape.image() + tile.first);
+    sums[index] = score_tile(params, tile, gradient + tile.sample * params.shape.image() + tile.first, groups);
   });
 }
 

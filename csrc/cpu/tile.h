@@ -41,6 +41,12 @@ void for_each_tile(const Shape& shape, ParallelFor parallel, const Body& body) {
       &context);
 }
 
+// Where the tile lies in an image without gaps.
+template <typename Stored>
+const Stored* start_of(const ImageView& view, Tile tile) {
+  return static_cast<const Stored*>(view.data) + tile.sample * view.batch_stride + tile.first;
+}
+
 template <typename Stored, typename Real>
 void load_contiguous(const Stored* source, int64_t count, Real* buffer) {
   for (int64_t i = 0; i < count; ++i) buffer[i] = Real(widen(source[i]));
@@ -67,13 +73,13 @@ void load_strided(const Stored* image, const ImageView& view, const Shape& shape
 
 template <typename Stored, typename Real>
 const Real* load_typed(const ImageView& view, const Shape& shape, Tile tile, Real* buffer) {
-  const Stored* image = static_cast<const Stored*>(view.data) + tile.sample * view.batch_stride;
   if (!view.image_is_contiguous(shape)) {
+    const Stored* image = static_cast<const Stored*>(view.data) + tile.sample * view.batch_stride;
     load_strided(image, view, shape, tile, buffer);
   } else if constexpr (same_type<Stored, Real>) {
-    return image + tile.first;
+    return start_of<Stored>(view, tile);
   } else {
-    load_contiguous(image + tile.first, tile.count, buffer);
+    load_contiguous(start_of<Stored>(view, tile), tile.count, buffer);
   }
   return buffer;
 }

@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "palp_fast/convert.h"
 #include "palp_fast/elementary.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
@@ -95,6 +96,10 @@ template <int kBits>
 PALP_INLINE Words shifted_down(Words a) {
   return PALP_ALL(srli_epi32)(a.value, kBits);
 }
+template <int kBits>
+PALP_INLINE Words shifted_up(Words a) {
+  return PALP_ALL(slli_epi32)(a.value, kBits);
+}
 PALP_INLINE Words larger(Words a, Words b) { return PALP_ALL(max_epi32)(a.value, b.value); }
 
 // By halves of words, without sign: a - b or 0; the upper half of the product.
@@ -110,6 +115,12 @@ PALP_INLINE Words truncated(Floats a) { return PALP_ALL(cvttps_epi32)(a.value); 
 #if defined(__AVX512F__)
 
 PALP_INLINE Floats floats(Words a) { return _mm512_castsi512_ps(a.value); }
+PALP_INLINE Words load_halves(const void* from) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
+}
+PALP_INLINE Floats widened(const Half* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
 PALP_INLINE Words load_bytes(const uint8_t* from) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
@@ -147,6 +158,12 @@ PALP_INLINE void store_bytes(Words a, Words b, Words c, Words d, uint8_t* to) {
 #elif defined(__AVX2__)
 
 PALP_INLINE Floats floats(Words a) { return _mm256_castsi256_ps(a.value); }
+PALP_INLINE Words load_halves(const void* from) {
+  return _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+}
+PALP_INLINE Floats widened(const Half* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
 PALP_INLINE Words load_bytes(const uint8_t* from) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
 }
@@ -181,6 +198,14 @@ PALP_INLINE void store_bytes(Words a, Words b, Words c, Words d, uint8_t* to) {
   const __m256i packed = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(left, right), order);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), packed);
 }
+
+#endif
+
+#ifdef PALP_VECTOR
+
+// As many stored numbers as a register holds, without rounding.
+PALP_INLINE Floats widened(const float* from) { return load_floats(from); }
+PALP_INLINE Floats widened(const BFloat16* from) { return floats(shifted_up<16>(load_halves(from))); }
 
 #endif
 

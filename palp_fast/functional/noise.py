@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from palp_fast import checks
-from palp_fast.ops.registry import call, overload
+from palp_fast.ops.registry import call, compiled_on_cpu, overload
 from palp_fast.reference import philox
 
 
@@ -34,21 +34,32 @@ def renoise(
     Gradients flow to x_t, eps_pred and eps'. Raises TypeError or ValueError for bad arguments, RuntimeError if
     `backend` cannot serve.
     """
+    checks.integer("copies", copies, minimum=1)
+    if noise_new is None:
+        images = (x_t, eps_pred, noise)
+        made = compiled_on_cpu("renoise", backend, *images, alpha_bar, alpha_bar_new, copies, dtype, tracked=(0, 1, 2))
+        if made is not None:
+            _fractions(alpha_bar, alpha_bar_new)
+            return made
     checks.image("x_t", x_t)
     checks.image_like("eps_pred", eps_pred, x_t)
     checks.image_like("noise", noise, x_t)
     for name, value in (("alpha_bar", alpha_bar), ("alpha_bar_new", alpha_bar_new)):
         checks.per_sample(name, value, x_t, required=name == "alpha_bar")
-        if value is not None:
-            checks.fractions(name, value)
+    _fractions(alpha_bar, alpha_bar_new)
     if noise_new is not None:
         checks.image_like("noise_new", noise_new, x_t)
         noise = noise_new
-    checks.integer("copies", copies, minimum=1)
     if dtype is not None and dtype not in checks.FLOATING:
         raise TypeError(f"dtype={dtype}: allowed are {checks.FLOATING_NAMES}, None")
     op = overload("renoise", x_t.device, backend)
     return call(op, x_t, eps_pred, noise, alpha_bar, alpha_bar_new, copies, dtype, tracked=(0, 1, 2))
+
+
+def _fractions(alpha_bar: Tensor, alpha_bar_new: Tensor | None) -> None:
+    checks.fractions("alpha_bar", alpha_bar)
+    if alpha_bar_new is not None:
+        checks.fractions("alpha_bar_new", alpha_bar_new)
 
 
 def add_noise(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from palp_fast import checks
-from palp_fast.ops.registry import call, overload
+from palp_fast.ops.registry import call, compiled_on_cpu, overload
 
 _MOST_TERMS = 8  # kMostTerms of csrc/include/palp_fast/score_combination.h
 
@@ -38,32 +38,47 @@ def score_combination(
     square of r, root mean square of 2 mask (pred - target) - residual_weight residual_scale r. Both fp32, or fp64 for
     fp64 inputs. Raises TypeError or ValueError for bad arguments, RuntimeError if `backend` cannot serve.
     """
-    checks.image("pred", pred)
-    checks.image_like("target", target, pred)
     if not isinstance(predictions, (list, tuple)):
         raise TypeError(f"predictions={type(predictions).__name__}: allowed is a list of [B, C, H, W] tensors")
     if len(predictions) > _MOST_TERMS:
         raise ValueError(f"predictions has {len(predictions)} tensors: allowed are at most {_MOST_TERMS}")
-    for index, prediction in enumerate(predictions):
-        checks.image_like(f"predictions[{index}]", prediction, pred)
-    checks.table("coefficients", coefficients, (len(predictions), pred.shape[0]), pred)
+    if coefficients is None:
+        raise TypeError("coefficients=None: allowed is a floating tensor [K, B]")
+    names = [f"predictions[{index}]" for index in range(len(predictions))]
     ones = [1.0] * len(predictions)
     weights = (residual_weight, residual_scale, sample_weight, mask)
-    return _combine(pred, target, predictions, ones, coefficients, *weights, backend)
+    return _combine(pred, target, names, predictions, ones, coefficients, *weights, backend)
 
 
 def _combine(
-    pred, target, predictions, factors, coefficients, residual_weight, residual_scale, sample_weight, mask, backend
+    pred, target, names, predictions, factors, coefficients, residual_weight, residual_scale, sample_weight, mask,
+    backend,
 ) -> tuple[Tensor, Tensor]:
-    """The operator, after the checks of the arguments that both of its callers take."""
+    """The operator and the checks of its arguments. names: those of the predictions."""
     checks.number("residual_weight", residual_weight)
+    images, weights = (pred, target, predictions, factors, coefficients), (residual_scale, sample_weight)
+    made = None
+    if mask is None:
+        made = compiled_on_cpu(
+            "score_combination", backend, *images, float(residual_weight), *weights, None, tracked=(0,))
+    if made is None:
+        mask = _check(pred, target, names, predictions, coefficients, residual_scale, sample_weight, mask)
+        op = overload("score_combination", pred.device, backend)
+        made = call(op, *images, float(residual_weight), *weights, mask, tracked=(0,))
+    return made[0], made[1]
+
+
+def _check(pred, target, names, predictions, coefficients, residual_scale, sample_weight, mask) -> Tensor | None:
+    """Raises for what is not allowed; returns the mask, floating."""
+    checks.image("pred", pred)
+    checks.image_like("target", target, pred)
+    for name, prediction in zip(names, predictions, strict=True):
+        checks.image_like(name, prediction, pred)
+    if coefficients is not None:
+        checks.table("coefficients", coefficients, (len(predictions), pred.shape[0]), pred)
     checks.per_sample("residual_scale", residual_scale, pred)
     checks.per_sample("sample_weight", sample_weight, pred)
-    mask = checks.mask("mask", mask, pred)
-    op = overload("score_combination", pred.device, backend)
-    weights = (float(residual_weight), residual_scale, sample_weight, mask)
-    loss, stats, _ = call(op, pred, target, predictions, factors, coefficients, *weights, tracked=(0,))
-    return loss, stats
+    return checks.mask("mask", mask, pred)
 
 
 def score_residual(
@@ -90,8 +105,6 @@ def score_residual(
     Every prediction is [B, C, H, W]; one whose factor is 0 may be None: teacher_uncond at alpha = 1, student_uncond at
     beta = 1, teacher_cond at alpha = 0, student_cond at beta = 0. Other arguments, results and errors as there.
     """
-    checks.image("pred", pred)
-    checks.image_like("target", target, pred)
     checks.number("alpha", alpha)
     checks.number("beta", beta)
     # Teacher and student side by side: where they agree and alpha = beta, the residual is exactly 0.
@@ -101,14 +114,14 @@ def score_residual(
         ("teacher_uncond", teacher_uncond, 1 - alpha),
         ("student_uncond", student_uncond, beta - 1),
     ]
-    predictions, factors = [], []
+    names, predictions, factors = [], [], []
     for name, prediction, factor in terms:
         if factor == 0:
             continue
         if prediction is None:
             raise ValueError(f"{name}=None: a tensor is needed at alpha={alpha}, beta={beta} (its factor is {factor})")
-        checks.image_like(name, prediction, pred)
+        names.append(name)
         predictions.append(prediction)
         factors.append(float(factor))
     weights = (residual_weight, residual_scale, sample_weight, mask)
-    return _combine(pred, target, predictions, factors, None, *weights, backend)
+    return _combine(pred, target, names, predictions, factors, None, *weights, backend)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from palp_fast import backend
 from palp_fast.ops.scratch import ARGUMENTS, Scratch, with_scratch
@@ -89,6 +90,23 @@ def call(op: Callable, *args, tracked: tuple[int, ...] = ()):
         return op(*args)
 
 
+def compiled_on_cpu(name: str, requested: str, *args, tracked: tuple[int, ...]):
+    """`call` of the operator compiled for the CPU, or None where it does not serve or refuses its arguments.
+
+    It checks them itself, in less time than Python, but does not say what is allowed: whoever gets None checks again.
+    """
+    if requested not in ("auto", "cpu") or type(args[0]) not in (Tensor, Parameter) or not args[0].is_cpu:
+        return None
+    if torch.compiler.is_compiling() or not backend.has_compiled(name, "cpu"):
+        return None
+    try:
+        made = call(getattr(torch.ops.palp_fast, name).default, *args, tracked=tracked)
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+    # An argument on another device takes the dispatcher there.
+    return made if (made if isinstance(made, Tensor) else made[0]).is_cpu else None
+
+
 def _first_order(bwd: Callable) -> Callable:
     """A backward operator as `call` calls it: only second derivatives ask for its gradient, which has none."""
 
@@ -129,6 +147,7 @@ def _autograd(op, setup_context: Callable, backward: Callable, tracked: tuple[in
     def forward(ctx, keyset, args, *_):
         result = run(keyset, args)
         ctx.set_materialize_grads(False)  # else zeros would be made for results that have no gradient
+        ctx.is_ours = keyset is None  # nobody but us has those results that the function does not return
         setup_context(ctx, args, result)
         return result
 
@@ -151,6 +170,12 @@ def _autograd(op, setup_context: Callable, backward: Callable, tracked: tuple[in
         return run(keyset, args)
 
     LIBRARY.impl(op._name.removeprefix("palp_fast::"), kernel, "Autograd", with_keyset=True)
+
+
+def is_last_use() -> bool:
+    """Within a backward pass: whether what was saved is freed behind it, so that it may be overwritten."""
+    counted = torch._C._len_torch_dispatch_stack() > 0  # a mode sees the operators of another backward pass
+    return not (torch.is_grad_enabled() or counted or torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 def _no_second_derivative(name: str) -> Callable:

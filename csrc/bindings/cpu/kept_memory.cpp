@@ -1,5 +1,26 @@
 #include "kept_memory.h"
 
+namespace palp_fast::bindings {
+
+Tensor result_of(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i > 1; --i) strides[i - 2] = strides[i - 1] * (sizes[i - 1] > 0 ? sizes[i - 1] : 1);
+  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.data(), strides.data(), type, aoti_torch_device_type_cpu(), -1, &handle));
+  return Tensor(handle);
+}
+
+namespace {
+
+Tensor plain_image(const Shape& shape, ScalarType dtype, int64_t copies) {
+  return result_of({copies * shape.batch, shape.channels, shape.height, shape.width}, dtype);
+}
+
+}  // namespace
+}  // namespace palp_fast::bindings
+
 #ifdef __linux__
 #include <sys/mman.h>
 
@@ -73,10 +94,10 @@ Kept& kept() {
 
 }  // namespace
 
-Tensor result_image(const Tensor& like, const Shape& shape, ScalarType dtype, int64_t copies) {
+Tensor result_image(const Shape& shape, ScalarType dtype, int64_t copies) {
   const size_t bytes = size_t(copies * shape.numel() * size_of(dtype_of(dtype, "result")));
   void* const data = torch_from_blob && bytes >= kLeast ? kept().take(bytes) : nullptr;
-  if (!data) return empty_image(like, shape, dtype, copies);
+  if (!data) return plain_image(shape, dtype, copies);
   const int64_t sizes[] = {copies * shape.batch, shape.channels, shape.height, shape.width};
   const int64_t strides[] = {shape.image(), shape.height * shape.width, shape.width, 1};
   const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
@@ -87,7 +108,7 @@ Tensor result_image(const Tensor& like, const Shape& shape, ScalarType dtype, in
       0, give, reinterpret_cast<void*>(bytes));
   if (error == AOTI_TORCH_SUCCESS) return Tensor(handle);
   kept().give(data, bytes);
-  return empty_image(like, shape, dtype, copies);
+  return plain_image(shape, dtype, copies);
 }
 
 }  // namespace palp_fast::bindings
@@ -96,8 +117,8 @@ Tensor result_image(const Tensor& like, const Shape& shape, ScalarType dtype, in
 
 namespace palp_fast::bindings {
 
-Tensor result_image(const Tensor& like, const Shape& shape, ScalarType dtype, int64_t copies) {
-  return empty_image(like, shape, dtype, copies);
+Tensor result_image(const Shape& shape, ScalarType dtype, int64_t copies) {
+  return plain_image(shape, dtype, copies);
 }
 
 }  // namespace palp_fast::bindings

@@ -6,8 +6,11 @@
 
 namespace palp_fast::bindings {
 
-// [copies B, C, H, W], contiguous and not yet written, as empty_image. At most 64 MiB that no tensor uses are kept.
-// Before torch 2.11, which cannot tell when a tensor is gone, and outside of Linux it is empty_image.
-Tensor result_image(const Tensor& like, const Shape& shape, ScalarType dtype, int64_t copies = 1);
+// Contiguous and not yet written, on the CPU; without the dispatcher, which takes longer than a small image does.
+Tensor result_of(const std::vector<int64_t>& sizes, ScalarType dtype);
+
+// The same of [copies B, C, H, W]. At most 64 MiB that no tensor uses are kept.
+// Before torch 2.11, which cannot tell when a tensor is gone, and outside of Linux it is result_of.
+Tensor result_image(const Shape& shape, ScalarType dtype, int64_t copies = 1);
 
 }  // namespace palp_fast::bindings

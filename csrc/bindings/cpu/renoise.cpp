@@ -14,7 +14,7 @@ Tensor renoise(
     const OptionalTensor& alpha_bar_new, int64_t copies, std::optional<ScalarType> dtype) {
   check_cpu(x_t, "x_t");
   RenoiseParams params = renoise_params(x_t, eps_pred, noise, alpha_bar, alpha_bar_new, copies);
-  const Tensor out = result_image(x_t, params.shape, dtype.value_or(x_t.scalar_type()), copies);
+  const Tensor out = result_image(params.shape, dtype.value_or(x_t.scalar_type()), copies);
   params.out = out_of(out);
   const cpu::Kernels& kernels = cpu::kernels();
   const bool wide = any_double({&x_t, &eps_pred, &noise});
@@ -27,8 +27,8 @@ std::tuple<Tensor, Tensor, Tensor> renoise_bwd(
     ScalarType compute, ScalarType x_dtype, ScalarType eps_dtype, ScalarType noise_dtype) {
   check_cpu(grad, "grad");
   RenoiseBackwardParams params = renoise_backward_params(grad, alpha_bar, alpha_bar_new, copies);
-  const Tensor d_x = result_image(grad, params.shape, x_dtype), d_eps = result_image(grad, params.shape, eps_dtype);
-  const Tensor d_noise = result_image(grad, params.shape, noise_dtype);
+  const Tensor d_x = result_image(params.shape, x_dtype), d_eps = result_image(params.shape, eps_dtype);
+  const Tensor d_noise = result_image(params.shape, noise_dtype);
   params.d_x_t = out_of(d_x);
   params.d_eps_pred = out_of(d_eps);
   params.d_noise = out_of(d_noise);

@@ -23,15 +23,21 @@ void finish(const ScoreParams<Real>& params, const std::vector<ScoreSums<double>
 }
 
 template <typename Real>
+Real* values(const Tensor& tensor) {
+  return static_cast<Real*>(tensor.mutable_data_ptr());
+}
+
+template <typename Real>
 Results forward(const ScoreArguments& arguments) {
   const ScoreParams<Real> params = score_params<Real>(arguments);
-  const Tensor gradient = result_image(arguments.pred, params.shape, scalar_type_of<Real>);
-  const ScoreResults<Real> out(arguments.pred, params.shape, gradient);
+  constexpr ScalarType dtype = scalar_type_of<Real>;
+  const Tensor loss = result_of({}, dtype), stats = result_of({params.shape.batch, 3}, dtype);
+  const Tensor gradient = result_image(params.shape, dtype);
   std::vector<ScoreSums<double>> tiles(params.shape.batch * cpu::tiles_per_image(params.shape));
   const auto& kernels = cpu::kernels().image<Real>();
-  kernels.score_combination_fwd(params, out.values(gradient), tiles.data(), parallel_for);
-  finish(params, tiles, out.values(out.loss), out.values(out.stats));
-  return {out.loss, out.stats, out.gradient};
+  kernels.score_combination_fwd(params, values<Real>(gradient), tiles.data(), parallel_for);
+  finish(params, tiles, values<Real>(loss), values<Real>(stats));
+  return {loss, stats, gradient};
 }
 
 Results score_combination(
@@ -48,7 +54,7 @@ template <typename Real>
 Tensor backward(const Tensor& grad_output, const Tensor& gradient, ScalarType dtype) {
   const Shape shape = shape_of(gradient, "gradient");
   const Real factor = score_backward_factor<Real>(scalar_of(grad_output, gradient, "grad_output"), shape);
-  const Tensor out = result_image(gradient, shape, dtype);
+  const Tensor out = result_image(shape, dtype);
   const ImageView view = view_of(gradient, gradient, shape, "gradient");
   cpu::kernels().image<Real>().score_combination_bwd(shape, view, factor, out_of(out), parallel_for);
   return out;
