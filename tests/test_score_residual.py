@@ -259,6 +259,15 @@ def test_backward_is_one_operator():
     assert recorder.names == ["palp_fast.score_combination_bwd.default"]
 
 
+def test_a_kept_graph_gives_the_same_gradient_again():
+    """What was saved is overwritten by the last backward pass alone."""
+    values = images()
+    pred = values[0].requires_grad_()
+    loss, _ = PF.score_residual(pred, *values[1:], alpha=3.0, beta=2.0)
+    first, second, last = (torch.autograd.grad(loss, pred, retain_graph=kept)[0] for kept in (True, True, False))
+    assert torch.equal(first, second) and torch.equal(first, last)
+
+
 class Recorder(TorchDispatchMode):
     """Names of the operators that run."""
 

@@ -174,8 +174,10 @@ def _autograd(op, setup_context: Callable, backward: Callable, tracked: tuple[in
 
 def is_last_use() -> bool:
     """Within a backward pass: whether what was saved is freed behind it, so that it may be overwritten."""
-    counted = torch._C._len_torch_dispatch_stack() > 0  # a mode sees the operators of another backward pass
-    return not (torch.is_grad_enabled() or counted or torch._C._autograd._get_current_graph_task_keep_graph())
+    if torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return False
+    # Neither for several gradients at a time, nor where a mode looks at operators.
+    return not (torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
 
 
 def _no_second_derivative(name: str) -> Callable:
