@@ -1,7 +1,7 @@
 """Our operators beside those of another commit, in two processes that take turns: palp-fast bench --base REV.
 
-Both run the benchmarks of this checkout, on palp_fast of this checkout and of a git worktree of REV. The worktree is
-kept under runs/base; its compiled libraries are this checkout's where csrc/ is the same, and are built there otherwise.
+Both run the benchmarks of this checkout, on its palp_fast and on that of REV, whose files are kept under runs/base; the
+compiled libraries there are this checkout's where csrc/ is the same, and are built there otherwise.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
+import palp_fast
 from bench.core import Operator, bind
 from bench.machine import ROOT, describe
 from bench.timing import interleaved
@@ -30,12 +32,16 @@ class Side:
     """A process that times our operators on one palp_fast."""
 
     def __init__(self, package: Path | None, device: str, threads: int | None):
-        # A folder with palp_fast alone comes first on the path: the other commit's bench/ must not be found.
-        path = [str(package)] if package else []
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([*path, str(ROOT)])}
+        # Python looks into the working directory first: a folder with palp_fast alone, so that bench/ is this one.
+        folder, path = package or ROOT, [str(ROOT), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONSAFEPATH": ""}
         command = [sys.executable, "-m", "bench.base", device, str(threads or torch.get_num_threads())]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment)
+        found = self.process.stdout.readline().strip()
+        if found != str(folder / "palp_fast"):
+            raise SystemExit(f"--base: palp_fast of {folder} was to be timed, and "
+                             + (f"{found} was found" if found else "it cannot be imported"))
 
     def time(self, operator: str, shape: str, dtype: str, seconds: float) -> dict:
         """{"median": seconds of a call} or {"error": why not}."""
@@ -84,16 +90,21 @@ def package_of(revision: str) -> Path:
         raise SystemExit(f"--base {revision!r}: git knows no such commit here")
     name = found.stdout.strip()
     tree, package = BASES / name / "tree", BASES / name / "package"
-    if package.exists():
+    if (package / "palp_fast").exists():
         return package
-    if not tree.exists():
-        _git("worktree", "add", "--detach", str(tree), name, check=True)
-    if _git("diff", "--quiet", name, "--", "csrc").returncode == 0:
-        shutil.copytree(ROOT / "palp_fast" / "lib", tree / "palp_fast" / "lib", dirs_exist_ok=True)
-    else:
+    shutil.rmtree(tree, ignore_errors=True)  # of a run that was broken off
+    tree.mkdir(parents=True)
+    _git("archive", "--output", str(tree / "all.tar"), name, check=True)
+    with tarfile.open(tree / "all.tar") as archive:
+        archive.extractall(tree, filter="data")
+    if _git("diff", "--quiet", name, "--", "csrc").returncode:
         subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tree, check=True)
-    shutil.copytree(tree / "palp_fast", package / "palp_fast")
-    shutil.copytree(tree / "kernels" / "palp", package / "palp_fast" / "kernels")
+    elif (ROOT / "palp_fast" / "lib").is_dir():
+        shutil.copytree(ROOT / "palp_fast" / "lib", tree / "palp_fast" / "lib")
+    shutil.move(tree / "kernels" / "palp", tree / "palp_fast" / "kernels")
+    package.mkdir(exist_ok=True)
+    shutil.move(tree / "palp_fast", package / "palp_fast")
+    shutil.rmtree(tree)
     return package
 
 
@@ -102,9 +113,10 @@ def _git(*arguments: str, check: bool = False) -> subprocess.CompletedProcess:
 
 
 def serve(device: torch.device) -> None:
-    """Answers the questions of a Side, a line of JSON each."""
+    """Prints the folder of its palp_fast, then answers the questions of a Side, a line of JSON each."""
     from bench.operators import load
 
+    print(Path(palp_fast.__file__).parent, flush=True)
     for line in sys.stdin:
         name, shape, dtype, seconds = json.loads(line)
         try:

@@ -1,7 +1,7 @@
 """quantise: a frozen weight in 8 or 4 bits, once at loading; feed-forward layers of the models.
 
-Bytes: reads the matrix, writes codes and scales. "eager" is the formula in plain PyTorch. Judged by the matrix that the
-codes stand for. Ours also reads the scales back to refuse weights that are not finite.
+Bytes: reads the matrix, writes codes and scales. "eager" is the formula in plain PyTorch. Judged by how far what the
+codes stand for is from the weight: of two levels equally near either is right. Ours also reads the scales back to refuse weights that are not finite.
 """
 
 import torch
@@ -57,11 +57,13 @@ def bitsandbytes(problem):
     return run
 
 
-def judge(results):
+def judge(results, problem):
     codes, scale = results
     if codes.dtype == torch.int8:
-        return [codes.double() * scale.double()[:, None]]
-    return [levels_of(codes).double().view(*scale.shape, BLOCK) * scale.double()[:, :, None]]
+        made = codes.double() * scale.double()[:, None]
+    else:
+        made = (levels_of(codes).double().view(*scale.shape, BLOCK) * scale.double()[:, :, None]).flatten(1)
+    return [(problem.leaves[0].double() - made).abs()]
 
 
 PROVIDERS = {"bitsandbytes": bitsandbytes}

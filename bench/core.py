@@ -53,9 +53,10 @@ class Operator:
     plain PyTorch and returns a function of the leaves: provider "eager", compiled the provider "torch.compile", in fp64
     the truth. ours(problem, backend) and each of `peers`, PROVIDERS of a file, likewise; a peer may return (function,
     its own leaves). registered: names in torch.ops.palp_fast that decide which of our backends serve, none for an
-    operator in plain PyTorch. judge(results) -> tensors to
-    compare, where results themselves are not comparable. yardstick: whose error, times slack, is the limit. calls: how
-    often a stateful function runs before the gate looks. refused: {provider: why it is not timed}.
+    operator in plain PyTorch. judge(results, problem) -> tensors to
+    compare, where results themselves are not comparable. yardstick: whose error, times slack, is the limit, and `room`
+    besides where that is more than rounding. calls: how often a stateful function runs before the gate looks. refused:
+    {provider: why it is not timed}.
     """
 
     name: str
@@ -65,9 +66,10 @@ class Operator:
     ours: Callable[[Problem, str], Callable]
     peers: Mapping[str, Callable] = field(default_factory=dict)
     registered: tuple[str, ...] = ()
-    judge: Callable[[Results], Results] = list
+    judge: Callable[[Results, Problem], Results] = lambda results, problem: results
     yardstick: str = "eager"
     slack: float = 2.0
+    room: float = 0.0
     calls: int = 1
     refused: Mapping[str, str] = field(default_factory=dict)
     dtypes: tuple[torch.dtype, ...] | None = None
@@ -140,10 +142,11 @@ class Gate:
     """Which results are right: error at most `slack` times that of the yardstick, in the same dtype, plus a floor."""
 
     def __init__(self, operator: Operator, problem: Problem, dtype: torch.dtype):
-        self.operator = operator
+        self.operator, self.problem = operator, problem
         self.truth = self._judged(operator.formula, problem.double())
         yardstick = operator.providers()[operator.yardstick]
-        self.limit = operator.slack * error(self._judged(yardstick, problem), self.truth) + floor(dtype)
+        self.limit = operator.slack * error(self._judged(yardstick, problem), self.truth)
+        self.limit += max(operator.room, floor(dtype))
 
     def error(self, call: Call) -> float:
         """Of a call that `bind` made, not run before."""
@@ -166,7 +169,7 @@ class Gate:
         torch.manual_seed(1)
         for _ in range(self.operator.calls):
             results = call()
-        return self.operator.judge(results)
+        return self.operator.judge(results, self.problem)
 
 
 def need(package: str) -> None:

@@ -13,8 +13,10 @@ import re
 from collections.abc import Callable, Iterable
 from itertools import groupby
 
-from bench import plot, rows
-from bench.machine import ROOT
+import torch
+
+from bench import operators, plot, rows
+from bench.machine import ROOT, short
 from bench.rows import OperatorRow, PredictionRow, RooflineRow, StepRow
 
 DOCUMENTS = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md")
@@ -84,6 +86,23 @@ def absent_table(kind: str) -> str:
         if row.provider not in timed:
             reasons.setdefault(row.provider, row.note)
     return "\n".join(f"- {name}: {note}" for name, note in sorted(reasons.items())) or "none"
+
+
+def missing_table(kind: str) -> str:
+    """Layers without a row on this kind of device, by operator; with the dtype where another has one."""
+    known = {(row.operator, row.shape, row.dtype) for row in rows.read(OperatorRow) if row.kind == kind}
+    if not known:
+        return NOT_MEASURED
+    lines = []
+    for operator in operators.load().values():
+        names = [short(dtype) for dtype in operators.dtypes(operator, torch.device(kind))]
+        lacking = {shape: [name for name in names if (operator.name, shape, name) not in known]
+                   for shape in operator.shapes}
+        layers = [shape if found == names else f"{shape} in {' and '.join(found)}"
+                  for shape, found in lacking.items() if found]
+        if layers:
+            lines.append(f"- {operator.name}: {'; '.join(layers)}")
+    return "\n".join(lines) or "none"
 
 
 def machines_table() -> str:
@@ -179,6 +198,7 @@ def _us(text: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "machines": machines_table,
     "operators on cpu": lambda: operators_table("cpu"), "operators on cuda": lambda: operators_table("cuda"),
+    "missing on cpu": lambda: missing_table("cpu"), "missing on cuda": lambda: missing_table("cuda"),
     "absent on cpu": lambda: absent_table("cpu"), "absent on cuda": lambda: absent_table("cuda"),
     "steps on cpu": lambda: steps_table("cpu"), "steps on cuda": lambda: steps_table("cuda"),
     "predictions": lambda: predictions_table(False), "predictions beside measurements": lambda: predictions_table(True),

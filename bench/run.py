@@ -1,7 +1,7 @@
 """Times every provider of every operator that it has found right: python -m bench.run, or palp-fast bench.
 
     [--op NAME] [--shape TEXT] [--provider TEXT] [--quick] [--seconds S] [--device cpu|cuda] [--threads N]
-    [--json FILE] [--record] [--base REV]
+    [--json FILE] [--record] [--missing] [--base REV]
 
 Options that name something take a part of the name and may be repeated. The machine's limits are measured first.
 """
@@ -74,10 +74,10 @@ class Bench:
 
 
 def right(
-    operator: Operator, problem, dtype: torch.dtype, wanted: Sequence[str] = ()
+    operator: Operator, problem, dtype: torch.dtype, wanted: Sequence[str] = (), gate: Gate | None = None
 ) -> tuple[dict[str, Call], dict[str, tuple[str, str]]]:
     """({provider: call} of those whose results are right, {provider: (status, note)} of the others)."""
-    gate, calls, problems = Gate(operator, problem, dtype), {}, {}
+    gate, calls, problems = gate or Gate(operator, problem, dtype), {}, {}
     for name, prepare in operator.providers().items():
         if wanted and not any(part in name for part in wanted):
             continue
@@ -115,6 +115,12 @@ def chosen(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[Ope
                 yield operator, shape, dtype
 
 
+def missing(cases: list[tuple[Operator, str, torch.dtype]], device: torch.device) -> list:
+    """Those of (operator, shape, dtype) without a row of this device."""
+    name, known = describe(device).device, {row.case() for row in rows.read(OperatorRow)}
+    return [case for case in cases if (name, case[0].name, case[1], short(case[2])) not in known]
+
+
 def _matching(known: dict[str, Operator], wanted: Sequence[str], option: str) -> list[Operator]:
     for part in wanted:
         if not any(part in name for name in known):
@@ -149,6 +155,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, help="of torch [its own choice]")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     made.add_argument("--record", action="store_true", help="append the rows to bench/results/")
+    made.add_argument("--missing", action="store_true", help="only what has no row of this device in bench/results/")
     made.add_argument("--base", metavar="REV", help="compare with our operators at another commit")
     return made
 
@@ -167,6 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases = list(chosen(args, device))
     if not cases:
         raise SystemExit(f"--shape {args.shape}: no layer of these operators has such a name")
+    if args.missing and not (cases := missing(cases, device)):
+        print("nothing is missing: every layer has rows of this device")
+        return
     bench = Bench(device, args.quick, args.seconds)
     limits = bench.limits()
     print(bench.machine.header())

@@ -1,14 +1,17 @@
 """The same providers under pytest-benchmark: pytest bench --benchmark-only [-k "geglu and eager"].
 
-A group for each layer, whose table has every provider's ratio to the fastest; PALP_FAST_BENCH=full for all layers.
+A group for each layer, whose table has every provider's ratio to the fastest; PALP_FAST_BENCH=full for all layers. The
+quick form: --benchmark-max-time 0.05 --benchmark-min-rounds 2 -k "not torch.compile".
 """
 
 import os
+from functools import lru_cache
 
 import pytest
 import torch
 
 from bench import operators, run
+from bench.core import Gate
 from bench.machine import short
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -20,12 +23,20 @@ CASES = [
 ]
 
 
+@lru_cache(maxsize=1)
+def gate(name, shape, dtype):
+    """One for all providers of a layer, which come one after the other."""
+    operator = operators.load()[name]
+    return Gate(operator, operator.problem(shape, dtype, DEVICE), dtype)
+
+
 @pytest.mark.parametrize(
     ("operator", "shape", "dtype", "provider"), CASES,
     ids=[f"{operator.name}-{shape}-{short(dtype)}-{provider}" for operator, shape, dtype, provider in CASES])
 def test_provider(benchmark, operator, shape, dtype, provider):
     benchmark.group = f"{operator.name}: {shape}, {short(dtype)}"
-    calls, problems = run.right(operator, operator.problem(shape, dtype, DEVICE), dtype, [provider])
+    problem = operator.problem(shape, dtype, DEVICE)
+    calls, problems = run.right(operator, problem, dtype, [provider], gate(operator.name, shape, dtype))
     if provider not in calls:
         status, note = problems[provider]
         (pytest.fail if status == "wrong" else pytest.skip)(note)

@@ -3,7 +3,9 @@
 import dataclasses
 import importlib
 import json
+import os
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch
 from bench import base, guard, operators, rows, run
 from bench.bench_optimizers import ADAMW, stepping
 from bench.core import Operator
-from bench.machine import Roofline
+from bench.machine import ROOT, Roofline
 from bench.timing import interleaved
 from click.testing import CliRunner
 
@@ -66,6 +68,8 @@ WRONG = {
     "frozen_linear": lambda problem: lambda x: functional.frozen_linear(
         1.001 * x - 0.001 * x.detach(), **problem.others),
     "AdamW8bit": lambda problem: stepping(problem, optim.AdamW8bit, **{**ADAMW, "lr": 1.1e-3}),
+    "quantise": lambda problem: lambda weight: (lambda codes, scale: (codes, 1.0001 * scale))(
+        *operators.load()["quantise"].formula(problem)(weight)),
 }
 
 
@@ -195,6 +199,15 @@ def test_rows_are_appended_and_the_last_run_counts(tmp_path):
     assert rows.read(rows.StepRow, folder=tmp_path) == []
 
 
+def test_missing_cases_are_those_without_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows.read, "__defaults__", ("", tmp_path))
+    operator = small("layer_norm")
+    cases = [(operator, "small", FLOAT), (operator, "small", torch.bfloat16)]
+    assert run.missing(cases, CPU) == cases
+    rows.append("layer_norm", bench().measure(operator, "small", FLOAT, ["eager"]), tmp_path)
+    assert run.missing(cases, CPU) == cases[1:]
+
+
 def test_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "measure_roofline", lambda *_: Roofline(1e9, {"fp32": 1e9, "bf16": 1e9}))
     file, some = tmp_path / "rows.json", ["--provider", "reference", "--provider", "eager", "--device", "cpu"]
@@ -234,6 +247,45 @@ def test_a_slowed_operator_is_seen_beside_its_base():
     assert line == "geglu, SD1.x 32x32, float32: 20.0 us, base 10.0 us: 0.50x the base's speed"
     line = base.compared({"here": Timed(20), "base": Timed()}, *case)
     assert line == "geglu, SD1.x 32x32, float32: base ValueError: no such operator"
+
+
+def test_a_slowed_package_is_seen_beside_this_one(tmp_path):
+    """Two processes, each with its own palp_fast; the other's waits 20 ms in every call of layer_norm."""
+    package = tmp_path / "palp_fast"
+    shutil.copytree(ROOT / "palp_fast", package, copy_function=os.symlink)
+    public = package / "functional" / "__init__.py"
+    text = public.read_text()
+    public.unlink()  # the link
+    public.write_text(text + "\n\nimport time\nfast = layer_norm\nlayer_norm = lambda *args, **options: ("
+                             "time.sleep(0.02), fast(*args, **options))[1]\n")
+    sides = {"here": base.Side(None, "cpu", 1), "base": base.Side(tmp_path, "cpu", 1)}
+    line = base.compared(sides, "layer_norm", "SD1.x 16x16", "float32", 0.02)
+    for side in sides.values():
+        side.close()
+    here, there = map(float, re.findall(r"([\d.]+) us", line))
+    assert there > 20_000 > 3 * here, line
+
+
+def test_files_of_a_commit_are_kept(tmp_path, monkeypatch):
+    """In a checkout of its own, whose last commit changes the package; its csrc/ is that of the first."""
+    for folder in ("palp_fast/lib", "kernels/palp", "csrc"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name, text in (("palp_fast/__init__.py", "then"), ("kernels/palp/k.py", ""), ("csrc/a.cpp", "")):
+        (tmp_path / name).write_text(text)
+    (tmp_path / ".gitignore").write_text("lib/\nruns/\n")
+    monkeypatch.setattr(base, "ROOT", tmp_path)
+    monkeypatch.setattr(base, "BASES", tmp_path / "runs" / "base")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "a"]
+    base._git("init", "-q", check=True)
+    base._git("add", ".", check=True)
+    base._git(*who, check=True)
+    (tmp_path / "palp_fast" / "__init__.py").write_text("now")
+    base._git(*who, "-a", check=True)
+    (tmp_path / "palp_fast" / "lib" / "library.so").write_text("compiled")
+    package = base.package_of("HEAD~1")
+    assert (package / "palp_fast" / "__init__.py").read_text() == "then"
+    assert (package / "palp_fast" / "lib" / "library.so").exists() and (package / "palp_fast" / "kernels").is_dir()
+    assert [path.name for path in package.parent.iterdir()] == ["package"] and base.package_of("HEAD~1") == package
 
 
 def test_bench_outside_of_a_checkout(monkeypatch, tmp_path):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from bench import model, plot, report, rows
+from bench import model, operators, plot, report, rows
 from bench.machine import ROOT
 from PIL import Image
 
@@ -53,6 +53,15 @@ def test_without_rows_nothing_is_claimed(measured):
     assert text == "before\n<!-- rows: operators on cpu -->\nnot measured\n<!-- end -->\nafter\n"
     with pytest.raises(ValueError, match="table 'nothing'"):
         report.filled("<!-- rows: nothing -->\n<!-- end -->")
+
+
+def test_layers_without_a_row_are_listed(measured):
+    """One row in fp16 of one operator, which is measured in fp16 and bf16."""
+    layer, *others = operators.load()["geglu"].shapes
+    rows.append("geglu", [dataclasses.replace(OURS, shape=layer)], measured)
+    lines = report.missing_table("cuda").splitlines()
+    assert f"- geglu: {layer} in bf16; {'; '.join(others)}" in lines and len(lines) == len(operators.load())
+    assert report.missing_table("cpu") == "not measured"
 
 
 def test_an_edited_table_is_found(measured, monkeypatch):
