@@ -95,16 +95,25 @@ def compiled_on_cpu(name: str, requested: str, *args, tracked: tuple[int, ...]):
 
     It checks them itself, in less time than Python, but does not say what is allowed: whoever gets None checks again.
     """
-    if requested not in ("auto", "cpu") or type(args[0]) not in (Tensor, Parameter) or not args[0].is_cpu:
+    if requested not in ("auto", "cpu") or type(args[0]) not in (Tensor, Parameter) or not _all_on_cpu(args):
         return None
     if torch.compiler.is_compiling() or not backend.has_compiled(name, "cpu"):
         return None
     try:
-        made = call(getattr(torch.ops.palp_fast, name).default, *args, tracked=tracked)
+        return call(getattr(torch.ops.palp_fast, name).default, *args, tracked=tracked)
     except (AttributeError, RuntimeError, TypeError):
         return None
-    # An argument on another device takes the dispatcher there.
-    return made if (made if isinstance(made, Tensor) else made[0]).is_cpu else None
+
+
+def _all_on_cpu(args) -> bool:
+    """Whether no tensor is elsewhere, where it would take the dispatcher; lists of tensors included."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if not arg.is_cpu:
+                return False
+        elif isinstance(arg, (list, tuple)) and not _all_on_cpu(arg):
+            return False
+    return True
 
 
 def _first_order(bwd: Callable) -> Callable:
