@@ -51,7 +51,8 @@ class Diagnostics:
 
         details["samples"]: [N, 5], t and the stats of Trainer._loss; details["row_norms"]: [rows]. At the end of a
         window: {"diagnostics": {"steps": [first, last], "bins": see `bins`, "token_norm": {word: [norm by text
-        encoder]}, "vocabulary_norm": [median by text encoder], "warning": text or None}}; else {}.
+        encoder]}, "vocabulary_norm": [median by text encoder], "warning": text or None}}; else {}. As all of a step's
+        metrics, token norms are those before its update.
         """
         step, details = metrics["step"], metrics.details
         window = (step - 1) // self.window
@@ -64,7 +65,7 @@ class Diagnostics:
             found["bins"] = self.bins(self.sums[window])
             found["warning"] = self._warn(window + 1)
         if self._learns_token:
-            found |= {"token_norm": self._by_word(details["row_norms"]), "vocabulary_norm": self.vocabulary_norms}
+            found |= {"token_norm": self.by_word(details["row_norms"]), "vocabulary_norm": self.vocabulary_norms}
         return {"diagnostics": found}
 
     def _add_samples(self, sums: Tensor, samples: Tensor) -> None:
@@ -132,7 +133,8 @@ class Diagnostics:
         warnings.warn(self.warning, stacklevel=2)
         return self.warning
 
-    def _by_word(self, norms: Tensor) -> dict[str, list[float]]:
+    def by_word(self, norms: Tensor) -> dict[str, list[float]]:
+        """{token word: [norm by text encoder]} of all rows' norms [rows]."""
         found: dict[str, list[float]] = {}
         for word, norm in zip(self._words, norms.tolist()):
             found.setdefault(word, []).append(norm)
