@@ -10,6 +10,7 @@ import torch
 from palp_fast import Trainer, functional, train
 from palp_fast.diagnostics import BINS, Diagnostics
 from palp_fast.metrics import Recorder
+from safetensors.torch import load_file
 
 STEPS, BATCH = 320, 16
 ALPHA_BAR = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
@@ -147,7 +148,7 @@ def lines(path):
 def test_the_trainers_lines_and_a_resumed_run(model, tmp_path, capsys):
     """The checkpoint is in the midst of a window; values that are read later are the same."""
     config = tiny.config(model, tmp_path / "whole", batch_size=16, steps=8, checkpoint_every=2, token_vectors=2)
-    train(config)
+    result = train(config)
     assert "rms(error)" in capsys.readouterr().out
     whole = lines(tmp_path / "whole")
     assert [line["step"] for line in whole if "diagnostics" in line] == [4, 8]
@@ -166,3 +167,20 @@ def test_the_trainers_lines_and_a_resumed_run(model, tmp_path, capsys):
     assert resumed.step == 6
     list(resumed)
     assert lines(tmp_path / "cut") == whole
+
+    rows, norms = load_file(result.embedding["my_cat"]), found["token_norm"]
+    assert sum(map(sum, norms.values())) / 4 == pytest.approx(whole[-1]["token_norm"], rel=1e-6)
+    after = resumed.diagnostics.by_word(resumed._row_norms())
+    for number, name in enumerate(("clip_l", "clip_g")):
+        saved = rows[name].float().norm(dim=1).tolist()
+        assert [after[word][number] for word in ("my_cat", "my_cat_1")] == pytest.approx(saved, rel=1e-3)
+        assert [norms[word][number] for word in ("my_cat", "my_cat_1")] == pytest.approx(saved, rel=0.2)
+    tables = [encoder.get_input_embeddings().weight for encoder in resumed.components.text_encoders]
+    assert found["vocabulary_norm"] == pytest.approx([table.norm(dim=1).median().item() for table in tables])
+
+
+def test_dreambooth_has_token_norms_alone(model, tmp_path, capsys):
+    train(tiny.config(model, tmp_path / "run", batch_size=32, steps=2, method="dreambooth"))
+    (found,) = [line["diagnostics"] for line in lines(tmp_path / "run") if "diagnostics" in line]
+    assert found.keys() == {"steps", "token_norm", "vocabulary_norm"}
+    assert "rms(error)" not in capsys.readouterr().out
