@@ -168,6 +168,18 @@ def add_rows(components, cfg, generator: torch.Generator) -> list[list[nn.Parame
     return rows
 
 
+def row_words(cfg, encoders: int) -> list[str]:
+    """The token word of every row in add_rows' rows, those of each subject, text encoder and vector in turn."""
+    of_subjects = [token_words(subject.token, cfg.token_vectors) for subject in cfg.subjects]
+    return [word for words in of_subjects for _ in range(encoders) for word in words]
+
+
+def vocabulary_norms(components) -> list[float]:
+    """The median norm of a row in each text encoder's own table: what a new token's norm compares with."""
+    tables = [encoder.get_input_embeddings().weight for encoder in components.text_encoders]
+    return [torch.linalg.vector_norm(table, dim=1, dtype=torch.float32).median().item() for table in tables]
+
+
 def _starting_rows(table, noun, vectors, generator):
     mean = table[torch.tensor(noun, device=table.device)].float().mean(0)
     noise = torch.randn(vectors, table.shape[1], generator=generator).to(table.device)

@@ -17,12 +17,13 @@ EVERY = {"cpu": 1, "cuda": 10}  # steps between two readings; a CPU has nothing 
 class Metrics(Mapping):
     """Of one optimizer step, by name. "step" and "lr" are known at once; another value makes the recorder read all.
 
-    diverged: after reading, what was not finite first, None if all was.
+    After reading: diverged: what was not finite first, None if all was; details: {name: fp64 tensor on the CPU}.
     """
 
-    def __init__(self, recorder: Recorder, step: int, lr: float, trained: list[str]):
+    def __init__(self, recorder: Recorder, step: int, lr: float, trained: list[str], shapes: dict[str, torch.Size]):
         self._recorder, self._values = recorder, {"step": step, **dict.fromkeys(NAMES), "lr": lr, "seconds": None}
-        self._trained, self.diverged, self.is_read = trained, None, False
+        self._trained, self._shapes, self.diverged, self.is_read = trained, shapes, None, False
+        self.details: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str):
         if self._values[name] is None and not self.is_read:
@@ -38,10 +39,13 @@ class Metrics(Mapping):
     def __repr__(self) -> str:
         return repr(dict(self))
 
-    def fill(self, numbers: list[float], first_bad: int, seconds: float) -> None:
+    def fill(self, row: Tensor, seconds: float) -> None:
+        *numbers, first_bad = row[: len(NAMES) + 1].tolist()
         self._values |= dict(zip(NAMES, numbers)) | {"seconds": seconds}
+        parts = row[len(NAMES) + 1:].split([shape.numel() for shape in self._shapes.values()])
+        self.details = {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts)}
         tensors = [*BEFORE_GRADIENTS.values(), *(f"the gradient of {name}" for name in self._trained)]
-        self.diverged = tensors[first_bad] if first_bad >= 0 else None
+        self.diverged = tensors[int(first_bad)] if first_bad >= 0 else None
         self.is_read = True
 
 
@@ -52,8 +56,8 @@ class Recorder:
     """
 
     def __init__(self, device: torch.device | str, every: int):
-        self.every = every
-        self._ring = torch.zeros(every, len(NAMES) + 1, dtype=torch.float64, device=device)
+        self.every, self._device = every, device
+        self._ring: Tensor | None = None  # made by the first step, which knows how much it records
         self._waiting: list[Metrics] = []
         self.done: list[Metrics] = []
         self._since = 0.0
@@ -63,12 +67,22 @@ class Recorder:
         if not self._waiting:
             self._since = time.perf_counter()
 
-    def record(self, step: int, lr: float, values: dict[str, Tensor], norms: dict[str, Tensor]) -> Metrics:
-        """values: 0-d, by NAMES; norms: 0-d, of each gradient by its parameter. Waits only if the ring is full."""
-        row = self._ring[len(self._waiting)]
+    def record(
+        self, step: int, lr: float, values: dict[str, Tensor], norms: dict[str, Tensor],
+        details: dict[str, Tensor] | None = None
+    ) -> Metrics:
+        """values: 0-d, by NAMES; norms: 0-d, of each gradient by its parameter; details: other tensors, of the same
+        shapes at every step. Waits only if the ring is full.
+        """
+        details = details or {}
+        shapes = {name: value.shape for name, value in details.items()}
+        if self._ring is None:
+            width = len(NAMES) + 1 + sum(shape.numel() for shape in shapes.values())
+            self._ring = torch.zeros(self.every, width, dtype=torch.float64, device=self._device)
         numbers = torch.stack([values[name].double() for name in NAMES])
-        torch.cat([numbers, _first_bad(values, norms)[None]], out=row)
-        made = Metrics(self, step, lr, list(norms))
+        parts = [numbers, _first_bad(values, norms)[None], *(value.flatten() for value in details.values())]
+        torch.cat(parts, out=self._ring[len(self._waiting)])
+        made = Metrics(self, step, lr, list(norms), shapes)
         self._waiting.append(made)
         if len(self._waiting) == self.every:
             self.read()
@@ -78,10 +92,10 @@ class Recorder:
         """Waits for the device; its steps took the same time each."""
         if not self._waiting:
             return
-        rows = self._ring.tolist()
+        rows = self._ring.to("cpu", copy=True)
         seconds = (time.perf_counter() - self._since) / len(self._waiting)
-        for made, (*numbers, first_bad) in zip(self._waiting, rows):
-            made.fill(numbers, int(first_bad), seconds)
+        for made, row in zip(self._waiting, rows):
+            made.fill(row, seconds)
         self.done += self._waiting
         self._waiting = []
 

@@ -78,7 +78,10 @@ class RunFolder:
 
     def write_metrics(self, metrics: dict) -> None:
         """One line of JSON, visible to other processes at once; an fp16 overflow shows as null."""
-        metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        metrics = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in metrics.items()
+        }
         self._metrics_file.write(json.dumps(metrics).encode() + b"\n")
         self._metrics_file.flush()
 

@@ -14,6 +14,7 @@ from palp_fast import cached, conditioning, functional, methods, models, predict
 from palp_fast.batches import Batch, Draws, pick
 from palp_fast.conditioning import Condition
 from palp_fast.config import TrainConfig
+from palp_fast.diagnostics import Diagnostics
 from palp_fast.errors import DataError
 from palp_fast.metrics import EVERY, Metrics, Recorder
 from palp_fast.prepare import prepare
@@ -40,6 +41,8 @@ def train(config: TrainConfig | None = None, /, **overrides) -> TrainResult:
                 shown = {"rec": f"{metrics['rec_loss']:.4f}", "residual": f"{metrics['residual_norm']:.3f}"}
                 bar.set_postfix(shown, refresh=False)
             bar.update()
+    if table := trainer.diagnostics.table():
+        print(table, flush=True)
     return trainer.save()
 
 
@@ -59,7 +62,8 @@ class Trainer:
     Construction checks everything, prints the prompts, loads the model and goes on from a checkpoint if there is one;
     nothing is written before the first step or save. Raises ConfigError or DataError.
     config: the resolved TrainConfig; step: optimizer steps done; unet: the student, or its frozen base, the teacher
-    where there is no other, with lora_scale=0; teacher: another model as the teacher (teacher.Teacher) or None.
+    where there is no other, with lora_scale=0; teacher: another model as the teacher (teacher.Teacher) or None;
+    diagnostics: alignment and reconstruction by timesteps, token norms, as read so far (diagnostics.Diagnostics).
     lean: None converts the UNet to the lean one where that can be (predict.adapted), False trains diffusers' own.
     """
 
@@ -87,7 +91,10 @@ class Trainer:
         at_once = plan.choice and plan.choice.at_once
         self.predictions = predict.adapted(parts, cfg, generator, lean, at_once)
         self.rows = conditioning.add_rows(parts, cfg, generator)
-        self._fixed_row_norm = self._row_norm().item()  # rows that do not learn are on the CPU later
+        self._fixed_row_norm = self._row_norms().mean().item()  # rows that do not learn are on the CPU later
+        self.diagnostics = Diagnostics(
+            cfg, len(parts.alphas_cumprod), conditioning.row_words(cfg, len(parts.text_encoders)),
+            conditioning.vocabulary_norms(parts))
         self._encode_prompts(plan.prompts)
         self.passes = methods.passes(cfg)
         self._own_passes, guided = methods.split(cfg)
@@ -135,7 +142,10 @@ class Trainer:
         return condition, [distinct.index(subject) for subject in subjects]
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Steps 1 to 4 of PALP.md -> (the scalar whose gradient to eps_hat is g, stats [B, 3] of score_residual)."""
+        """Steps 1 to 4 of PALP.md -> (the scalar whose gradient to eps_hat is g, stats of score_residual).
+
+        stats: [B, 3]; with a residual [B, 4], the last the RMS of its part in the gradient, lambda c r.
+        """
         cfg, space, t = self.config, self.space, batch.t
         t_new = t if batch.t_new is None else batch.t_new
         noise_new = batch.noise if batch.noise_new is None else batch.noise_new
@@ -165,9 +175,10 @@ class Trainer:
                 x0_hat=space.x0(pred, batch.x_t, t), x_hat=x_hat, noise_new=noise_new, t_new=t_new)
         # 4. The residual is an extra upstream gradient on the prediction of step 1.
         scale = product(batch.residual_scale, space.residual_factor(t, batch.t_new))
-        return functional.score_residual(
+        loss, stats = functional.score_residual(
             pred, target, **arguments, alpha=cfg.alpha, beta=cfg.beta, residual_weight=cfg.residual_weight,
             residual_scale=scale, **weights)
+        return loss, torch.cat([stats, (stats[:, 1] * scale * cfg.residual_weight)[:, None]], dim=1)
 
     def predict(self, x: Tensor, t: Tensor, condition: Condition, lora_scale: float | Tensor = 1.0) -> Tensor:
         """What the UNet predicts at x [B, C, h, w], t [B]: by the student, or by the teacher where lora_scale is 0."""
@@ -180,11 +191,14 @@ class Trainer:
         self.recorder.start()
         loss, stats, t = self._accumulated()
         lr, (norm, norms) = update.lr, update.clip()
-        values = self._values(loss, stats, t, norm)
+        rows = self._learning_row_norms(loss)
+        values, details = self._values(loss, stats, t, norm, rows), {"row_norms": rows}
+        if self.passes:
+            details["samples"] = torch.cat([t[:, None], stats], dim=1)
         update.step()
         self.draws.sampler.update(t, product(stats[:, 2], self.space.loss_weight(t)))
         self.step += 1
-        return self.recorder.record(self.step, lr, values, norms)
+        return self.recorder.record(self.step, lr, values, norms, details)
 
     def _accumulated(self) -> tuple[Tensor, Tensor, Tensor]:
         """Fills the gradients of one optimizer step -> its loss, stats and timesteps.
@@ -216,14 +230,19 @@ class Trainer:
             t.append(batch.t)
         return loss, torch.cat(stats), torch.cat(t)
 
-    def _values(self, loss: Tensor, stats: Tensor, t: Tensor, grad_norm: Tensor) -> dict[str, Tensor]:
+    def _values(
+        self, loss: Tensor, stats: Tensor, t: Tensor, grad_norm: Tensor, row_norms: Tensor
+    ) -> dict[str, Tensor]:
         """Means over the samples; token_norm over all rows. 0-d, on the device."""
-        rows = self._row_norm() if self.config.learn_token else loss.new_full((), self._fixed_row_norm)
         return {"loss": loss, "rec_loss": stats[:, 0].mean(), "residual_norm": stats[:, 1].mean(),
-                "timestep": t.float().mean(), "grad_norm": grad_norm, "token_norm": rows}
+                "timestep": t.float().mean(), "grad_norm": grad_norm, "token_norm": row_norms.mean()}
 
-    def _row_norm(self) -> Tensor:
-        return torch.cat([row.detach().norm(dim=1) for own in self.rows for row in own]).mean()
+    def _row_norms(self) -> Tensor:
+        """Of every row of every new token, in the order of conditioning.row_words."""
+        return torch.cat([row.detach().norm(dim=1) for own in self.rows for row in own])
+
+    def _learning_row_norms(self, like: Tensor) -> Tensor:
+        return self._row_norms() if self.config.learn_token else like.new_full((1,), self._fixed_row_norm)
 
     def __iter__(self) -> Iterator[Mapping]:
         """A mapping of metrics for each step; on a CUDA device values are read every few steps, or when asked for."""
@@ -254,7 +273,7 @@ class Trainer:
             self.recorder.read()
         done = self.recorder.take()
         for metrics in done:
-            self.folder.write_metrics(metrics)
+            self.folder.write_metrics(dict(metrics) | self.diagnostics.add(metrics))
             self._seconds += metrics["seconds"]
         return done
 
@@ -277,7 +296,7 @@ class Trainer:
         self.update.zero()
         loss, stats = self._loss(batch)
         self.update.backward(loss)
-        values = self._values(loss.detach(), stats, t, self.update.gradients())
+        values = self._values(loss.detach(), stats, t, self.update.gradients(), self._learning_row_norms(loss))
         return dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist()))
 
     def named_lora(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
@@ -321,12 +340,14 @@ class Trainer:
     def _save_checkpoint(self) -> Path:
         self._write_metrics(read=True)
         self.update.check_parameters(self.step)
-        state = {"step": self.step, "sampler": self.draws.sampler.state_dict(), **self.update.state_dict()}
+        state = {"step": self.step, "sampler": self.draws.sampler.state_dict(),
+                 "diagnostics": self.diagnostics.state_dict(), **self.update.state_dict()}
         return self.folder.save_checkpoint(state)
 
     def _load_state(self, state: dict) -> None:
         self.step, self._metrics_bytes = state["step"], state["metrics_bytes"]
         self.draws.sampler.load_state_dict(state["sampler"])
+        self.diagnostics.load_state_dict(state["diagnostics"])
         self.update.load_state_dict(state)
         print(f"going on from the checkpoint of step {self.step}", flush=True)
 
