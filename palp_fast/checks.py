@@ -130,6 +130,11 @@ def below(name: str, value: Tensor, count: int) -> None:
             raise ValueError(f"{name} has values from {low} to {high}: allowed are 0 to {count - 1}")
 
 
+def is_one(value: Tensor) -> bool:
+    """Whether a scalar is 1, where it can be read."""
+    return _can_read(value) and value.item() == 1
+
+
 def no_zero(name: str, value: Tensor) -> None:
     """No value is 0, where they can be read."""
     if _can_read(value) and not value.all():

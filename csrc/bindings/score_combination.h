@@ -51,19 +51,6 @@ ScoreParams<Real> score_params(const ScoreArguments& in) {
   return params;
 }
 
-// The results: memory for loss [] and stats [B, 3], the gradient [B, C, H, W].
-template <typename Real>
-struct ScoreResults {
-  Tensor loss, stats, gradient;
-
-  ScoreResults(const Tensor& pred, const Shape& shape, const Tensor& gradient)
-      : loss(empty_like_of(pred, {}, scalar_type_of<Real>)),
-        stats(empty_like_of(pred, {shape.batch, 3}, scalar_type_of<Real>)),
-        gradient(gradient) {}
-
-  static Real* values(const Tensor& tensor) { return static_cast<Real*>(tensor.mutable_data_ptr()); }
-};
-
 // grad_output as a vector of one.
 inline VectorView scalar_of(const Tensor& tensor, const Tensor& first, const char* name) {
   check_device(tensor, first, name);

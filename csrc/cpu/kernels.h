@@ -20,7 +20,7 @@ PALP_INLINE int64_t tiles_per_image(const Shape& shape) { return (shape.image() 
 
 template <typename Real>
 struct ImageKernels {
-  // gradient: [B, C, H, W] contiguous, before division by numel. sums: [B, tiles per image].
+  // gradient: [B, C, H, W] contiguous. sums: [B, tiles per image].
   void (*score_combination_fwd)(const ScoreParams<Real>&, Real* gradient, ScoreSums<double>* sums, ParallelFor);
   // out = factor gradient, rounded once.
   void (*score_combination_bwd)(const Shape&, const ImageView& gradient, Real factor, const ImageOut&, ParallelFor);

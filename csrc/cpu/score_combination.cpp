@@ -30,12 +30,12 @@ struct Lanes {
 // What a tile's elements have in common.
 template <typename Real>
 struct TileFactors {
-  Real coefficients[kMostTerms], pull, weight;
+  Real coefficients[kMostTerms], pull, share;
 
   PALP_INLINE TileFactors(const ScoreParams<Real>& params, int64_t sample) {
     for (int64_t term = 0; term < params.terms; ++term) coefficients[term] = score_coefficient(params, term, sample);
     pull = score_pull(params, sample);
-    weight = score_weight(params, sample);
+    share = score_share(params, sample);
   }
 };
 
@@ -77,7 +77,7 @@ struct RunValues {
 // Whole groups of lanes only: local arrays that constants alone index stay in registers. Returns where it ends.
 template <typename Real>
 int64_t finish_groups(
-    RunValues<Real> in, Real pull, Real weight, int64_t count, Lanes<Real>& sums, Real* PALP_RESTRICT gradient) {
+    RunValues<Real> in, Real pull, Real share, int64_t count, Lanes<Real>& sums, Real* PALP_RESTRICT gradient) {
   Real squares[kLanes] = {}, residual[kLanes] = {}, gradients[kLanes] = {}, product[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
@@ -88,7 +88,7 @@ int64_t finish_groups(
       residual[lane] += element.sums.residual;
       gradients[lane] += element.sums.gradient;
       product[lane] += element.sums.product;
-      gradient[at] = weight * element.gradient;
+      gradient[at] = share * element.gradient;
     }
   }
   for (int64_t lane = 0; lane < kLanes; ++lane) {
@@ -100,11 +100,11 @@ int64_t finish_groups(
 template <typename Real>
 void finish_run(
     const RunValues<Real>& in, const TileFactors<Real>& factors, int64_t count, Lanes<Real>& sums, Real* gradient) {
-  int64_t i = finish_groups(in, factors.pull, factors.weight, count, sums, gradient);
+  int64_t i = finish_groups(in, factors.pull, factors.share, count, sums, gradient);
   for (int64_t lane = 0; i < count; ++i, ++lane) {
     const ScoreElement<Real> element(in.pred[i], in.target[i], in.mask[i], in.residual[i], factors.pull);
     sums.add(lane, element.sums);
-    gradient[i] = factors.weight * element.gradient;
+    gradient[i] = factors.share * element.gradient;
   }
 }
 
@@ -152,7 +152,7 @@ int64_t direct_groups(
       all.residual = all.residual + residual * residual;
       all.gradient = all.gradient + pull * pull;
       all.product = all.product + residual * value;
-      store_floats(Floats(factors.weight) * pull, gradient + at);
+      store_floats(Floats(factors.share) * pull, gradient + at);
     }
   }
   for (int64_t part = 0; part < kParts; ++part) parts[part].add_to(sums, part * kWidth);

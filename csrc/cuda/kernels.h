@@ -24,14 +24,14 @@ int64_t score_tiles(const Shape& shape);
 
 template <typename Real>
 struct ScoreOut {
-  Real *loss, *stats, *gradient;  // [], [B, 3], [B, C, H, W]; the gradient before division by numel
+  Real *loss, *stats, *gradient;  // [], [B, 3], [B, C, H, W]
   double* sums;                   // scratch [B, score_tiles, kSumsPerTile]
 };
 
 template <typename Real>
 cudaError_t score_combination_fwd(const ScoreParams<Real>& params, ScoreOut<Real> out, cudaStream_t stream);
 
-// out = grad_output gradient / numel, rounded once.
+// out = grad_output gradient, rounded once.
 template <typename Real>
 cudaError_t score_combination_bwd(
     Shape shape, ImageView gradient, VectorView grad_output, ImageOut out, cudaStream_t stream);

@@ -64,14 +64,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int item = 0; item < kItems; ++item) mask[item] = 1;
   if (params.mask.data) read_items(params.mask, shape, sample, first, mask);
 
-  const Real pull = score_pull(params, sample), weight = score_weight(params, sample);
+  const Real pull = score_pull(params, sample), share = score_share(params, sample);
   ScoreSums<Real> own{};
 #pragma unroll
   for (int item = 0; item < kItems; ++item) {
     const int64_t index = first + item * kThreads;
     const ScoreElement<Real> element(pred[item], target[item], mask[item], residual[item], pull);
     own.add(element.sums);  // of an element past the end: 0
-    if (index < shape.image()) out.gradient[sample * shape.image() + index] = weight * element.gradient;
+    if (index < shape.image()) out.gradient[sample * shape.image() + index] = share * element.gradient;
   }
 
   __shared__ double of_warps[kWarps][kSumsPerTile];
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     score_bwd_kernel(Shape shape, ImageView gradient, VectorView grad_output, ImageOut out) {
   const int64_t index = thread_index();
   if (index >= shape.numel()) return;
-  const Real factor = score_backward_factor<Real>(grad_output, shape);
+  const Real factor = read_vector<Real>(grad_output, 0, 1);
   const int64_t sample = index / shape.image(), element = index % shape.image();
   write_element(out, index, factor * read_image<Real>(gradient, shape, sample, element));
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from palp_fast import checks
 from palp_fast.ops.registry import differentiable, empty, is_last_use, register
 from palp_fast.reference.dtypes import compute_dtype
 from palp_fast.reference.score_combination import score_combination_bwd_ref, score_combination_ref
@@ -25,8 +26,8 @@ def _score_backward(bwd: Callable) -> Callable:
     def backward(ctx, d_loss, d_stats, d_gradient):
         (gradient,) = ctx.saved_tensors
         if ctx.is_ours and gradient.is_cpu and gradient.dtype == ctx.dtype and is_last_use():
-            # As bwd, without memory for a result.
-            return (gradient.mul_(d_loss.to(gradient.dtype) / max(gradient.numel(), 1)),)
+            # As bwd, without memory for a result; of a loss that is nobody's addend, without a pass.
+            return (gradient if checks.is_one(d_loss) else gradient.mul_(d_loss.to(gradient.dtype)),)
         return (bwd(d_loss, gradient, ctx.dtype),)
 
     return backward

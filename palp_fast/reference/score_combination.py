@@ -26,7 +26,7 @@ def score_combination_ref(
     sample_weight: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss [], stats [B, 3], gradient [B, C, H, W]), the gradient still to be divided by numel."""
+    """(loss [], stats [B, 3], gradient of the loss to pred [B, C, H, W]), in fp32, or fp64 where an image is."""
     dtype = compute_dtype([pred, target, *predictions])
     batch = pred.shape[0]
     p = pred.to(dtype)
@@ -44,10 +44,11 @@ def score_combination_ref(
 
     stats = _stats(squares, residual, gradient)
     per_image = squares.flatten(1).sum(1) - weight * (residual * p).flatten(1).sum(1)
+    share = 1 / max(p.numel(), 1)
     if sample_weight is not None:
         per_image = sample_weight.to(dtype) * per_image
-        gradient = per_sample(sample_weight, p) * gradient
-    return per_image.sum() / max(p.numel(), 1), stats, gradient.contiguous()
+        share = share * per_sample(sample_weight, p)
+    return per_image.sum() / max(p.numel(), 1), stats, (share * gradient).contiguous()
 
 
 def _combine(predictions: list[Tensor], factors: list[float], coefficients: Tensor | None, like: Tensor) -> Tensor:
@@ -69,6 +70,5 @@ def _stats(squares: Tensor, residual: Tensor, gradient: Tensor) -> Tensor:
 
 
 def score_combination_bwd_ref(grad_output: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """d loss / d pred = grad_output gradient / numel, rounded once to `dtype`."""
-    factor = grad_output.to(gradient.dtype) / max(gradient.numel(), 1)
-    return (factor * gradient).to(dtype)
+    """What goes back to pred: grad_output gradient, rounded once to `dtype`."""
+    return (grad_output.to(gradient.dtype) * gradient).to(dtype)

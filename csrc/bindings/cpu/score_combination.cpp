@@ -53,7 +53,7 @@ Results score_combination(
 template <typename Real>
 Tensor backward(const Tensor& grad_output, const Tensor& gradient, ScalarType dtype) {
   const Shape shape = shape_of(gradient, "gradient");
-  const Real factor = score_backward_factor<Real>(scalar_of(grad_output, gradient, "grad_output"), shape);
+  const Real factor = read_vector<Real>(scalar_of(grad_output, gradient, "grad_output"), 0, 1);
   const Tensor out = result_image(shape, dtype);
   const ImageView view = view_of(gradient, gradient, shape, "gradient");
   cpu::kernels().image<Real>().score_combination_bwd(shape, view, factor, out_of(out), parallel_for);

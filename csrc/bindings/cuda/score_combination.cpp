@@ -10,17 +10,24 @@ namespace {
 using Results = std::tuple<Tensor, Tensor, Tensor>;
 
 template <typename Real>
+Real* values(const Tensor& tensor) {
+  return static_cast<Real*>(tensor.mutable_data_ptr());
+}
+
+template <typename Real>
 Results forward(const ScoreArguments& arguments, const OnDeviceOf& device) {
   const ScoreParams<Real> params = score_params<Real>(arguments);
-  const Tensor gradient = empty_image(arguments.pred, params.shape, scalar_type_of<Real>);
-  const ScoreResults<Real> out(arguments.pred, params.shape, gradient);
+  constexpr ScalarType dtype = scalar_type_of<Real>;
+  const Tensor loss = empty_like_of(arguments.pred, {}, dtype);
+  const Tensor stats = empty_like_of(arguments.pred, {params.shape.batch, 3}, dtype);
+  const Tensor gradient = empty_image(arguments.pred, params.shape, dtype);
   const int64_t sums = params.shape.batch * cuda::score_tiles(params.shape) * cuda::kSumsPerTile;
   const Tensor workspace = empty_like_of(arguments.pred, {sums}, ScalarType::Double);
   const cuda::ScoreOut<Real> results{
-      out.values(out.loss), out.values(out.stats), out.values(out.gradient),
+      values<Real>(loss), values<Real>(stats), values<Real>(gradient),
       static_cast<double*>(workspace.mutable_data_ptr())};
   check_cuda(cuda::score_combination_fwd(params, results, device.stream()), "score_combination");
-  return {out.loss, out.stats, out.gradient};
+  return {loss, stats, gradient};
 }
 
 Results score_combination(

@@ -81,10 +81,10 @@ PALP_INLINE double finish_sample(
 // The divisor of the loss; 1 for an empty batch.
 PALP_INLINE double score_numel(const Shape& shape) { return shape.numel() > 0 ? double(shape.numel()) : 1.0; }
 
-// What the gradient is multiplied by on its way back.
+// What the gradient of an element of the sample is multiplied by.
 template <typename Real>
-PALP_INLINE Real score_backward_factor(const VectorView& grad_output, const Shape& shape) {
-  return read_vector<Real>(grad_output, 0, 1) / Real(score_numel(shape));
+PALP_INLINE Real score_share(const ScoreParams<Real>& params, int64_t sample) {
+  return score_weight(params, sample) / Real(score_numel(params.shape));
 }
 
 }  // namespace palp_fast
