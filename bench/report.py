@@ -45,8 +45,12 @@ def operators_table(kind: str) -> str:
     cases = operator_cases(kind)
     if not cases:
         return NOT_MEASURED
+    return "\n\n".join(_device_table(device, list(own)) for device, own in groupby(cases, key=lambda case: case[0].device))
+
+
+def _device_table(device: str, cases: list[list[OperatorRow]]) -> str:
     lines = [
-        "| operator | layer | dtype | ours, us (p20, p80) | of the limit | others, in times of ours |",
+        f"**{device}**", "", "| operator | layer | dtype | ours, us (p20, p80) | of the limit | others, in times of ours |",
         "|---|---|---|---|---|---|"]
     for ours, *others in cases:
         backend = ours.provider.removeprefix("palp_fast ")

@@ -50,8 +50,7 @@ def _versions() -> list[str]:
 def _devices() -> list[str]:
     import torch
 
-    capability = torch.backends.cpu.get_cpu_capability()
-    lines = [f"cpu: {cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {capability}"]
+    lines = [f"cpu: {cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"]
     if torch.version.cuda is None:
         return [*lines, "cuda: none; this build of torch has no CUDA"]
     if not torch.cuda.is_available():
@@ -64,7 +63,13 @@ def _devices() -> list[str]:
 
 
 def cpu_name() -> str:
-    """Name of the processor, as the system tells it."""
+    """Name of the processor, as the system tells it, and its instruction set: hosts give very different ones one name."""
+    import torch
+
+    return f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _processor() -> str:
     if sys.platform.startswith("linux"):
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -25,7 +25,7 @@ SMALL = {
     "AdamW8bit": ({16: 2}, 12), "Lion8bit": ({16: 2}, 12), "add_noise": (4, 32), "attention": (6, 5, 16, 2),
     "dequantise": (3, 128, "nf4"), "frozen_conv2d": (8, 6, 5), "frozen_linear": (5, 8, 6), "geglu": (5, 4),
     "group_norm_silu": (64, 4), "layer_norm": (5, 8), "lora_attention": (6, 16, 2, 12), "lora_linear": (5, 16),
-    "lora_projections": (5, 16), "quantise": (3, 128, "nf4"), "renoise": (2, 8, True), "sampler": ("adaptive", 4),
+    "lora_projections": (5, 16), "quantise": (3, 128, "nf4"), "renoise": (2, 8, 2, True), "sampler": ("adaptive", 4),
     "score_combination": (2, 8), "score_residual": (2, 8),
 }
 
