@@ -1,5 +1,5 @@
 # make demo   sets up .venv, trains DreamBooth and PALP on one subject, and writes the comparison picture
-# make test   sets up .venv and runs all tests
+# make test   sets up .venv and runs all tests, in WORKERS processes
 # make gpu    on a machine with an NVIDIA card and nvcc: benchmark rows, GPU tests, compute-sanitizer (8 minutes)
 #
 # On Linux the default torch brings its CUDA libraries (some gigabytes). On a machine without an NVIDIA card, name the
@@ -9,6 +9,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+WORKERS ?= 2
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -22,8 +23,8 @@ demo: $(VENV)/installed
 	$(PY) -m palp_fast.zoo.demo
 
 test: $(VENV)/installed
-	$(PY) -m pytest tests
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreter
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal tests
+	TRITON_INTERPRET=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal tests/interpreter
 
 # Needs a card and nvcc; results in runs/gpu, rows in bench/results/.
 gpu: $(VENV)/installed

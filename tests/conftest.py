@@ -11,6 +11,9 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["PALP_FAST_CACHE"] = "off"
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    # Before torch is imported: threads of one process that wait for each other at a core are slower than none.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 
 @pytest.fixture(autouse=True)
@@ -25,4 +28,7 @@ def compiler(tmp_path_factory):
     """Environment of builds, which compile each source once in all."""
     from building import compiling
 
-    return compiling(tmp_path_factory.mktemp("objects"))
+    mine = tmp_path_factory.getbasetemp()
+    folder = (mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine) / "objects"
+    folder.mkdir(exist_ok=True)
+    return compiling(folder)
