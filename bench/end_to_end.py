@@ -3,7 +3,8 @@
     python -m bench.end_to_end [--model emoji-64|sd15|sdxl] [--side N] [--dtype fp32|bf16|fp16] [--provider TEXT]
         [--rounds N] [--lora-steps N] [--sequential] [--start-limit S] [--device cpu|cuda] [--record]
 
-One optimizer step of one sample, rank 32; time to the LoRA is from the start of a process. Every provider has a process
+One optimizer step of one sample, rank 32, of ours without CUDA graphs but in "palp_fast fast graph"; time to the LoRA
+is from the start of a process. Every provider has a process
 of its own: its peak memory is its own, and the processes take turns. One whose gradient is not that of the plain
 baseline (bench/step_gate.py) is not timed. Real sizes have random weights (bench/random_model.py). --side: of the
 latents; a small one stands for the model on a CPU, and its rows say so. --sequential: one process at a time, where
@@ -34,6 +35,7 @@ from bench.machine import describe, version
 from bench.rows import StepRow
 from bench.step_gate import Step
 from palp_fast import ConfigError, TrainConfig, Trainer, __version__, train
+from palp_fast.graph import WARM_UP
 from palp_fast.reference.dtypes import BASE_DTYPES
 from palp_fast.result import peak_memory_bytes, watch_memory
 from palp_fast.zoo.demo import CLASS_NOUN, SUBJECT, TARGET, TOKEN
@@ -60,7 +62,7 @@ class Case:
         return f"{CHANNELS[self.model]}x{self.side}x{self.side}"
 
 
-def ours(memory: str, case: Case) -> tuple[Callable, Callable]:
+def ours(memory: str, graph: bool, case: Case) -> tuple[Callable, Callable]:
     """(make, lora): make() -> a Step; lora(steps) trains and saves."""
 
     def config(steps: int) -> TrainConfig:
@@ -69,13 +71,14 @@ def ours(memory: str, case: Case) -> tuple[Callable, Callable]:
             model=case.folder, images=str(SUBJECT / "photos"), class_noun=CLASS_NOUN, token=TOKEN,
             prompt=TARGET.format("[V]"), output_dir=tempfile.mkdtemp(), rank=RANK, steps=steps, batch_size=1,
             grad_accumulation=1, memory=memory, base_dtype=case.dtype, device=case.device, resolution=resolution,
-            checkpoint_every=0)
+            checkpoint_every=0, cuda_graph=graph)
 
     def make() -> Step:
         trainer = Trainer(config(2**31))
         steps = iter(trainer)
         pairs = {path: (lora_a, lora_b) for path, lora_a, lora_b in trainer.named_lora()}
-        return Step(lambda: next(steps), trainer.gradients, pairs, lambda: [row.grad for row in trainer.token_rows()])
+        return Step(lambda: next(steps), trainer.gradients, pairs, lambda: [row.grad for row in trainer.token_rows()],
+                    warm_up=WARM_UP + 2 if graph else 1)
 
     return make, lambda steps: train(config(steps))
 
@@ -117,7 +120,8 @@ def save_lora(model, folder: str) -> None:
 
 
 PROVIDERS: dict[str, Callable[[Case], tuple[Callable, Callable]]] = {
-    **{f"palp_fast {memory}": partial(ours, memory) for memory in ("fast", "balanced", "low")},
+    **{f"palp_fast {memory}": partial(ours, memory, False) for memory in ("fast", "balanced", "low")},
+    "palp_fast fast graph": partial(ours, "fast", True),
     "plain": partial(baseline, "palp", None),
     **{f"tuned {mode}": partial(baseline, "palp", mode) for mode in ("eager", "blocks", "whole", "reduce-overhead")},
     "dreambooth": partial(baseline, "dreambooth", None),
@@ -143,7 +147,8 @@ def work(pipe, provider: str, case: Case, lora_steps: int, begun: float) -> None
             lora_seconds = time.time() - begun
         step = make()
         gradients = step.gradients(CHANNELS[case.model], case.side, case.device)
-        step.run()
+        for _ in range(step.warm_up):
+            step.run()
         pipe.send(("ready", (gradients, lora_seconds)))
         while pipe.recv():
             pipe.send(("step", (_seconds(step.run, case.device), peak_memory_bytes(case.device))))

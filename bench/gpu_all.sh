@@ -60,6 +60,7 @@ export PALP_FAST_NEED_GPU=1
 step "operators quick" 100 "$PYTHON" -m bench.run --quick --record
 step "step sd15" 90 "$PYTHON" -m bench.end_to_end --model sd15 --rounds 5 --record --provider palp_fast --provider plain --provider dreambooth --provider "tuned eager"
 step "gpu tests" 60 "$PYTHON" -m pytest -q -x "${GPU_TESTS[@]}" -k cuda
+step "graph tests" 60 "$PYTHON" -m pytest -q tests/test_graph_cuda.py
 step "step sdxl" 120 "$PYTHON" -m bench.end_to_end --model sdxl --rounds 3 --sequential --record --provider palp_fast --provider plain
 step "lora emoji-64" 40 "$PYTHON" -m bench.end_to_end --rounds 20 --lora-steps 50 --record --provider palp_fast --provider plain --provider dreambooth
 step "step sd15 compiled" 150 "$PYTHON" -m bench.end_to_end --model sd15 --rounds 5 --sequential --start-limit 80 --record --provider "tuned blocks" --provider "tuned whole" --provider "tuned reduce"

@@ -27,13 +27,15 @@ Gradients = dict[str, np.ndarray]
 class Step:
     """A training step: run() trains; fill(latents, t, noise) fills the gradients of one PALP step without training.
 
-    pairs: {path of the layer in the UNet: (lora_a, lora_b)}; rows() -> the gradients of the trained token rows.
+    pairs: {path of the layer in the UNet: (lora_a, lora_b)}; rows() -> the gradients of the trained token rows;
+    warm_up: runs before the first that is timed.
     """
 
     run: Callable[[], object]
     fill: Callable[[Tensor, Tensor, Tensor], object]
     pairs: dict[str, tuple[Tensor, Tensor]]
     rows: Callable[[], list[Tensor]]
+    warm_up: int = 1
 
     def gradients(self, channels: int, side: int, device: str) -> Gradients:
         """Some of the entries of every gradient, for factors and inputs that are the same for all providers."""

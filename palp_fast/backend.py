@@ -164,6 +164,11 @@ def report(devices: tuple[str, ...] = ("cpu", "cuda")) -> list[Row]:
     return rows
 
 
+def is_capturing() -> bool:
+    """Whether what is called now becomes part of a CUDA graph, and does not run."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def deterministic(enabled: bool = True) -> None:
     """Allow only repeatable backends (the default), or all. Of this version, only providers of attention differ."""
     global _deterministic

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,14 +23,14 @@ class Batch:
     """One PALP batch: x_t, target noise and t; t_new and noise_new are None where they are the first ones.
 
     latents, x_t, noise, noise_new: [B, C, h, w]; t, t_new: [B] int64; sample_weight, residual_scale: [B].
-    subjects: the subject's number for each sample.
+    subjects: the subject's number for each sample, known on the host.
     """
 
     latents: Tensor
     x_t: Tensor
     noise: Tensor
     t: Tensor
-    subjects: list[int]
+    subjects: Sequence[int]
     sample_weight: Tensor
     residual_scale: Tensor
     t_new: Tensor | None = None
@@ -37,7 +38,11 @@ class Batch:
 
 
 class Draws:
-    """Draws the batches of a run from the latents of each subject's photos, latents[subject] [photos, C, h, w]."""
+    """Draws the batches of a run from the latents of each subject's photos, latents[subject] [photos, C, h, w].
+
+    What differs between two batches of the same subjects is on the device, in memory that stays in place: step,
+    sample_offset (0-d int64) and the numbers of the photos.
+    """
 
     def __init__(self, cfg, latents: list[Tensor], alphas_cumprod: Tensor):
         self.cfg, self.alphas_cumprod = cfg, alphas_cumprod
@@ -47,19 +52,30 @@ class Draws:
         self.sampler = TimestepSampler(alphas_cumprod, cfg.timesteps, rescale=cfg.rescale, **options)
         options["seed"] = (cfg.seed + _NEW_TIMESTEP_SEED) % 2**63
         self.new_sampler = TimestepSampler(alphas_cumprod, "uniform", **options)
+        self._numbers = torch.zeros(2 + cfg.batch_size, dtype=torch.int64, device=self.latents.device)
+        self.step, self.sample_offset, self._photos = self._numbers[0], self._numbers[1], self._numbers[2:]
 
     def batch(self, step: int, sample_offset: int) -> Batch:
         """Samples sample_offset .. sample_offset + batch_size of optimizer step `step`."""
-        cfg, size = self.cfg, self.cfg.batch_size
+        return self.drawn(self.choose(step, sample_offset))
+
+    def choose(self, step: int, sample_offset: int) -> tuple[int, ...]:
+        """Tells the device which samples `drawn` draws -> their subjects."""
         photos, subjects = self.chosen(step, sample_offset)
-        latents = pick(self.latents, photos)
-        whole = {"global_batch": size * cfg.grad_accumulation}
-        t, sample_weight, residual_scale = self.sampler.sample(size, step, sample_offset, **whole)
-        counter = {"seed": cfg.seed, "step": step, "sample_offset": sample_offset, "backend": cfg.backend}
+        torch.ops.palp_fast.write_words(self._numbers, [step, sample_offset, *photos])
+        return tuple(subjects)
+
+    def drawn(self, subjects: tuple[int, ...]) -> Batch:
+        """The batch that was chosen, which has these subjects; may be captured in a CUDA graph."""
+        cfg, size = self.cfg, self.cfg.batch_size
+        latents = self.latents.index_select(0, self._photos)
+        numbers, whole = (self.step, self.sample_offset), {"global_batch": size * cfg.grad_accumulation}
+        t, sample_weight, residual_scale = self.sampler.sample(size, *numbers, **whole)
+        counter = {"seed": cfg.seed, "step": self.step, "sample_offset": self.sample_offset, "backend": cfg.backend}
         x_t, noise = functional.add_noise(latents, t, self.alphas_cumprod, **counter)
         t_new = noise_new = None
         if not cfg.same_timestep:
-            t_new, _, _ = self.new_sampler.sample(size, step, sample_offset, **whole)
+            t_new, _, _ = self.new_sampler.sample(size, *numbers, **whole)
         if not cfg.same_noise:
             _, noise_new = functional.add_noise(latents, t, self.alphas_cumprod, **counter, stream=_STREAM_NEW_NOISE)
         return Batch(latents, x_t, noise, t, subjects, sample_weight, residual_scale, t_new, noise_new)
@@ -86,6 +102,32 @@ class Draws:
             return photos, torch.bucketize(photos, ends, right=True)
         subjects = _below(words[0], torch.tensor(len(self.counts)))
         return ends[subjects] - self.counts[subjects] + _below(words[1], self.counts[subjects]), subjects
+
+
+class Sums:
+    """What the batches of one optimizer step leave for its end, in memory that stays in place.
+
+    samples: in the whole step. loss: 0-d, the sum over batches; t [samples] int64 and stats [samples, k], each sample's
+    in its place; loss and stats are None before the first batch.
+    """
+
+    def __init__(self, samples: int, device: torch.device):
+        self.t = torch.zeros(samples, dtype=torch.int64, device=device)
+        self.loss = self.stats = None
+
+    def start(self) -> None:
+        """A step begins."""
+        if self.loss is not None:
+            self.loss.zero_()
+
+    def add(self, sample_offset: Tensor, loss: Tensor, t: Tensor, stats: Tensor) -> None:
+        """Of one batch; sample_offset: 0-d int64, the number of its first sample."""
+        if self.loss is None:
+            self.loss, self.stats = torch.zeros_like(loss), stats.new_zeros(len(self.t), stats.shape[1])
+        places = torch.arange(len(t), device=t.device) + sample_offset
+        self.loss.add_(loss)
+        self.t.index_copy_(0, places, t)
+        self.stats.index_copy_(0, places, stats)
 
 
 def pick(x: Tensor, rows: list[int]) -> Tensor:

@@ -69,7 +69,7 @@ _CLEAN = optional(text(), "made from prompt and the class nouns")
 _RESOLUTION = optional(integer(8, multiple=8), "the model's own")
 _DTYPE = choice("auto", "fp32", "bf16", "fp16", "int8", "nf4")
 _DEVICE = text(pattern=r"auto|cpu|cuda(:\d+)?", allowed="'auto', 'cpu', 'cuda' or 'cuda:N'")
-_CUDA_GRAPH = choice("auto", False, later=(True,))
+_CUDA_GRAPH = choice("auto", True, False)
 _PRESET = choice(None, *presets.NAMES)
 
 

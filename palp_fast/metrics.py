@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -49,6 +50,25 @@ class Metrics(Mapping):
         self.is_read = True
 
 
+@dataclass(frozen=True)
+class Row:
+    """The metrics of one step on the device: numbers [width] fp64; trained, shapes: what they are, beside NAMES."""
+
+    numbers: Tensor
+    trained: list[str]
+    shapes: dict[str, torch.Size]
+
+    @staticmethod
+    def of(values: dict[str, Tensor], norms: dict[str, Tensor], details: dict[str, Tensor] | None = None) -> Row:
+        """values: 0-d, by NAMES; norms: 0-d, of each gradient by its parameter; details: other tensors, of the same
+        shapes at every step.
+        """
+        details = details or {}
+        numbers = torch.stack([values[name].double() for name in NAMES])
+        parts = [numbers, _first_bad(values, norms)[None], *(value.double().flatten() for value in details.values())]
+        return Row(torch.cat(parts), list(norms), {name: value.shape for name, value in details.items()})
+
+
 class Recorder:
     """Keeps the metrics of up to `every` steps on `device`; `read` brings them to the host in one copy.
 
@@ -67,22 +87,12 @@ class Recorder:
         if not self._waiting:
             self._since = time.perf_counter()
 
-    def record(
-        self, step: int, lr: float, values: dict[str, Tensor], norms: dict[str, Tensor],
-        details: dict[str, Tensor] | None = None
-    ) -> Metrics:
-        """values: 0-d, by NAMES; norms: 0-d, of each gradient by its parameter; details: other tensors, of the same
-        shapes at every step. Waits only if the ring is full.
-        """
-        details = details or {}
-        shapes = {name: value.shape for name, value in details.items()}
+    def record(self, step: int, lr: float, row: Row) -> Metrics:
+        """Copies the row, which may be overwritten afterwards. Waits only if the ring is full."""
         if self._ring is None:
-            width = len(NAMES) + 1 + sum(shape.numel() for shape in shapes.values())
-            self._ring = torch.zeros(self.every, width, dtype=torch.float64, device=self._device)
-        numbers = torch.stack([values[name].double() for name in NAMES])
-        parts = [numbers, _first_bad(values, norms)[None], *(value.flatten() for value in details.values())]
-        torch.cat(parts, out=self._ring[len(self._waiting)])
-        made = Metrics(self, step, lr, list(norms), shapes)
+            self._ring = torch.zeros(self.every, len(row.numbers), dtype=torch.float64, device=self._device)
+        self._ring[len(self._waiting)].copy_(row.numbers)
+        made = Metrics(self, step, lr, row.trained, row.shapes)
         self._waiting.append(made)
         if len(self._waiting) == self.every:
             self.read()

@@ -106,7 +106,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        capturing = backends.is_capturing()
         if capturing:
             self._check_capture()
         states = self._states()

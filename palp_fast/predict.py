@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from palp_fast.backend import is_capturing
 from palp_fast.conditioning import Condition, unet_kwargs
 from palp_fast.errors import ConfigError
 from palp_fast.methods import TEACHER, Pass
@@ -40,7 +41,8 @@ def adapted(
 def check_stock(cfg) -> None:
     """Raises ConfigError for what diffusers' own modules cannot do."""
     for name, value, allowed in (
-            ("memory", "balanced", "'fast', 'low'"), ("base_dtype", "int8", _DENSE), ("base_dtype", "nf4", _DENSE)):
+            ("memory", "balanced", "'fast', 'low'"), ("base_dtype", "int8", _DENSE), ("base_dtype", "nf4", _DENSE),
+            ("cuda_graph", True, "'auto', False")):
         if getattr(cfg, name) == value:
             raise ConfigError(f"{name}: {value!r} needs the lean UNet, which this model has not or lean=False rules "
                               f"out; allowed: {allowed}")
@@ -51,8 +53,10 @@ class LeanPredictions:
 
     at_once: how many no-grad predictions of the samples are one pass; None: all of them. The estimate may ask for fewer
     (memory.choose), memory mode "low" makes one at a time, and a device that runs out of memory halves it for the rest
-    of the run.
+    of the run. graph_obstacle: why a CUDA graph cannot hold its passes, None if it can.
     """
+
+    graph_obstacle = None
 
     def __init__(self, components, cfg, generator: torch.Generator | None, at_once: int | None = None):
         self.components, self.prompt_kv = components, None
@@ -62,6 +66,11 @@ class LeanPredictions:
         self.layers = lora_layers(components.unet)
         self.memory, self.at_once = cfg.memory, 1 if cfg.memory == "low" else at_once
         self._rows = {}
+
+    @property
+    def mode(self) -> tuple:
+        """What may change in a run: passes of the same samples are the same operators in the same mode."""
+        return self.memory, self.at_once
 
     @property
     def steps_down(self) -> bool:
@@ -105,7 +114,7 @@ class LeanPredictions:
                 done |= self._one_pass(x_hat, t, prompts, index, part)
                 continue
             except torch.OutOfMemoryError:
-                if len(part) == 1:
+                if len(part) == 1 or is_capturing():
                     raise
             # Outside of the handler, whose traceback holds the tensors of the pass that failed.
             self.at_once = len(part) // 2
@@ -138,7 +147,8 @@ class LeanPredictions:
 class StockPredictions:
     """By diffusers' modules, each no-grad prediction a part of one batch. Methods as of LeanPredictions."""
 
-    steps_down = False
+    steps_down, mode = False, ()
+    graph_obstacle = "diffusers' own modules train, whose passes copy from the host"
 
     def __init__(self, components, cfg, generator: torch.Generator | None):
         check_stock(cfg)

@@ -19,9 +19,9 @@ from palp_fast.errors import ConfigError
 _METHOD_DEFAULTS: dict[str, dict[str, Any]] = {"nfsd": {"alpha": 7.5, "rescale": False}}
 _WITHOUT_STUDENT_GUIDANCE = ("sds", "nfsd")
 # They decide where files go and how often, not what is learned; the one-subject fields are inside `subjects` by then.
-# memory changes rounding alone, and "auto" depends on what else runs on the card.
+# memory changes rounding alone, and "auto" depends on what else runs on the card; a graph changes nothing.
 _NOT_IN_FINGERPRINT = ("output_dir", "resume", "sample_every", "checkpoint_every", "preset", "images", "class_noun",
-                       "subject_prompt", "token", "memory")  # fmt: skip
+                       "subject_prompt", "token", "memory", "cuda_graph")  # fmt: skip
 
 
 def resolve(cfg: TrainConfig) -> TrainConfig:
@@ -33,8 +33,8 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
     values["subjects"] = _with_tokens(_folded(cfg), cfg.token_vectors)
     values |= {"images": None, "class_noun": None, "token": None, "subject_prompt": SUBJECT_PROMPT}
     values["lora_alpha"] = values["lora_alpha"] or float(values["rank"])
-    values["cuda_graph"] = False
     values["device"] = _device(cfg.device)
+    values["cuda_graph"] = _cuda_graph(cfg.cuda_graph, values["device"])
     if values["memory"] == "auto" and values["device"] == "cpu":
         values["memory"] = "fast"
     values["base_dtype"] = _base_dtype(values["base_dtype"], values["device"])
@@ -116,6 +116,17 @@ def _device(device: str) -> str:
         if int(device.partition(":")[2] or 0) >= count:
             raise ConfigError(f"device: {device!r} is not allowed; torch sees {count} CUDA devices here; 'cpu' works")
     return device
+
+
+def _cuda_graph(asked: str | bool, device: str) -> str | bool:
+    """As asked where a device can have graphs, else False."""
+    from palp_fast.graph import obstacle
+
+    if asked is False or (reason := obstacle(device)) is None:
+        return asked
+    if asked is True:
+        raise ConfigError(f"cuda_graph: True is not allowed here: {reason}; allowed: 'auto', False")
+    return False
 
 
 def compute_dtype(cfg: TrainConfig) -> str:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from palp_fast import cached, conditioning, functional, methods, models, predict, previews, teacher
-from palp_fast.batches import Batch, Draws, pick
+from palp_fast.batches import Batch, Draws, Sums, pick
 from palp_fast.conditioning import Condition
 from palp_fast.config import TrainConfig
 from palp_fast.diagnostics import Diagnostics
 from palp_fast.errors import DataError
-from palp_fast.metrics import EVERY, Metrics, Recorder
+from palp_fast.graph import CaptureFailed, graphs_of
+from palp_fast.metrics import EVERY, Metrics, Recorder, Row
 from palp_fast.prepare import prepare
 from palp_fast.reference.dtypes import BASE_DTYPES
 from palp_fast.reference.quantised import FORMATS
@@ -102,7 +104,10 @@ class Trainer:
         self.predictions.fix(fixed, self._own_passes)
         self.teacher = teacher.load(cfg, self.space, guided, lean, at_once) if guided else None
         self.update = Update(cfg, *self._named_parameters())
+        self.sums = Sums(cfg.batch_size * cfg.grad_accumulation, parts.device)
         self.recorder = Recorder(parts.device, EVERY[parts.device.type])
+        self._models = [self.predictions, *([self.teacher.predictions] if self.teacher else [])]
+        self.graphs = graphs_of(config.cuda_graph, cfg.device, self._models)
         self.step, self._seconds, self._is_open, self._metrics_bytes = 0, 0.0, False, None
         if plan.state is not None:
             self._load_state(plan.state)
@@ -132,7 +137,7 @@ class Trainer:
                 self._fixed = cached.conditions(
                     parts, texts | {"subject": own}, cfg, lambda: stack.enter_context(there))
 
-    def _subject_conditions(self, subjects: list[int]) -> tuple[Condition, list[int]]:
+    def _subject_conditions(self, subjects: Sequence[int]) -> tuple[Condition, list[int]]:
         """(y_P of each distinct subject, with its graph to the token rows; which of them each sample has)."""
         distinct = sorted(set(subjects))
         if "subject" in self._fixed:
@@ -186,49 +191,96 @@ class Trainer:
         return self.unet(x, t, **kwargs, lora_scale=lora_scale, return_dict=False)[0]
 
     def _train_step(self) -> Metrics:
-        """One optimizer step over grad_accumulation batches; step 5 of PALP.md. Nothing in it waits for the device."""
-        update = self.update
+        """One optimizer step over grad_accumulation batches. Nothing in it waits for the device."""
         self.recorder.start()
-        loss, stats, t = self._accumulated()
-        lr, (norm, norms) = update.lr, update.clip()
-        rows = self._learning_row_norms(loss)
-        values, details = self._values(loss, stats, t, norm, rows), {"row_norms": rows}
-        if self.passes:
-            details["samples"] = torch.cat([t[:, None], stats], dim=1)
-        update.step()
-        self.draws.sampler.update(t, product(stats[:, 2], self.space.loss_weight(t)))
+        lr, row = self.update.lr, self._run_step()
+        self.update.next_rates()
         self.step += 1
-        return self.recorder.record(self.step, lr, values, norms, details)
+        return self.recorder.record(self.step, lr, row)
 
-    def _accumulated(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Fills the gradients of one optimizer step -> its loss, stats and timesteps.
+    def _run_step(self) -> Row:
+        """The step's parts, from their start again where memory runs out or no graph can be made of them.
 
-        With memory "auto", a device that runs out of memory makes the run go on in the next mode; the draws are those
-        of the step, so the step is the same.
+        A device that runs out of memory first loses its graphs; then, with memory "auto", the run goes on in the next
+        mode. The draws are those of the step, so the step is the same.
         """
         while True:
             try:
-                return self._accumulate()
+                return self._parts()
+            except CaptureFailed as error:
+                steps_down = error.out_of_memory and self._steps_down
+                way_on = self.predictions.step_down if steps_down else partial(self.graphs.stop, str(error))
             except torch.OutOfMemoryError:
-                if self._given.memory != "auto" or not self.predictions.steps_down:
+                if not (self.graphs.held or self._steps_down):
                     raise
+                way_on = None if self.graphs.held else self.predictions.step_down
             # Outside of the handler, whose traceback holds the tensors of the step that failed.
-            self.update.zero()
-            self.predictions.step_down()
+            self.update.cut_off()
+            self.graphs.drop()
+            if way_on is not None:
+                way_on()
 
-    def _accumulate(self) -> tuple[Tensor, Tensor, Tensor]:
-        cfg, update = self.config, self.update
-        update.zero()
-        t, stats, loss = [], [], 0.0
+    @property
+    def _steps_down(self) -> bool:
+        return self._given.memory == "auto" and self.predictions.steps_down
+
+    def _drop_graphs(self) -> None:
+        """And gradients: for what else needs memory, or moves a model."""
+        self.update.zero()
+        self.graphs.drop()
+
+    def _parts(self) -> Row:
+        """A whole step as one part for `graphs`; of several batches each one, and the end, as parts of their own.
+
+        A part depends on what lies in memory that stays in place, and on its key.
+        """
+        cfg, graphs = self.config, self.graphs
+        self.update.zero(keep=cfg.grad_accumulation > 1)
+        self.sums.start()
+        if graphs.are_on:
+            self.update.refresh()
+            graphs.begin(self.update.places())
+        if cfg.grad_accumulation == 1:
+            subjects = self.draws.choose(self.step, 0)
+            return graphs.run((subjects, self._modes), partial(self._whole, subjects))
         for i in range(cfg.grad_accumulation):
-            batch = self.draws.batch(self.step, i * cfg.batch_size)
-            batch_loss, batch_stats = self._loss(batch)
-            # 5. One backward pass from g, and one step on LoRA factors and token rows.
-            update.backward(batch_loss / cfg.grad_accumulation)
-            loss = loss + batch_loss.detach() / cfg.grad_accumulation
-            stats.append(batch_stats)
-            t.append(batch.t)
-        return loss, torch.cat(stats), torch.cat(t)
+            subjects = self.draws.choose(self.step, i * cfg.batch_size)
+            graphs.run((subjects, self._modes), partial(self._accumulate, subjects))
+        return graphs.run("end", self._finish)
+
+    @property
+    def _modes(self) -> tuple:
+        return tuple(model.mode for model in self._models)
+
+    def _whole(self, subjects: tuple[int, ...]) -> Row:
+        self._accumulate(subjects)
+        return self._finish()
+
+    def _accumulate(self, subjects: tuple[int, ...]) -> None:
+        """Adds the gradients of the batch that was chosen, which has these subjects."""
+        batch = self.draws.drawn(subjects)
+        loss, stats = self._loss(batch)
+        loss = loss / self.config.grad_accumulation
+        # 5. One backward pass from g, and one step on LoRA factors and token rows.
+        self.update.backward(loss)
+        self.sums.add(self.draws.sample_offset, loss.detach(), batch.t, stats)
+
+    def _finish(self) -> Row:
+        """The end of step 5: all that follows the last gradient."""
+        loss, t, stats = self.sums.loss, self.sums.t, self.sums.stats
+        try:
+            norm, norms = self.update.clip()
+            rows = self._learning_row_norms(loss)
+            details = {"row_norms": rows}
+            if self.passes:
+                details["samples"] = torch.cat([t[:, None], stats], dim=1)
+            row = Row.of(self._values(loss, stats, t, norm, rows), norms, details)
+            self.update.step()
+            self.draws.sampler.update(t, product(stats[:, 2], self.space.loss_weight(t)))
+        except torch.OutOfMemoryError as error:
+            # What is trained may have changed: the step must not run again.
+            raise RuntimeError(f"out of memory in the optimizer's step: {error}") from error
+        return row
 
     def _values(
         self, loss: Tensor, stats: Tensor, t: Tensor, grad_norm: Tensor, row_norms: Tensor
@@ -254,6 +306,7 @@ class Trainer:
                 drawn, kept = (every and self.step % every == 0 for every in (cfg.sample_every, cfg.checkpoint_every))
                 self._note_steps(read=drawn or kept or self.step == cfg.steps)
                 if drawn:
+                    self._drop_graphs()
                     self.update.check_parameters(self.step)
                     previews.draw(self, self.folder.samples / f"step-{self.step:08d}")
                 if kept:
@@ -293,7 +346,7 @@ class Trainer:
             latents, self.space.noised(latents, noise, t), noise, t, [subject] * len(t), ones,
             ones if self.config.rescale else self.space.unscaled(t),
             None if t_new is None else t_new.to(device), None if noise_new is None else noise_new.to(device))
-        self.update.zero()
+        self._drop_graphs()
         loss, stats = self._loss(batch)
         self.update.backward(loss)
         values = self._values(loss.detach(), stats, t, self.update.gradients(), self._learning_row_norms(loss))

@@ -30,16 +30,43 @@ class Update:
             groups.append({"params": self.rows, "lr": cfg.token_lr, "weight_decay": 0.0} | self._row_options())
         # Of palp_fast: these skip a gradient that is not finite, and the host need not know.
         kind = {"adamw": optim.AdamW, "adamw8bit": optim.AdamW8bit, "lion8bit": optim.Lion8bit}[cfg.optimizer]
-        self.optimizer = kind(groups)
+        self.optimizer = kind(groups, capturable=True)
         self.schedule = get_scheduler(
             cfg.lr_schedule, self.optimizer, num_warmup_steps=0, num_training_steps=cfg.steps)
-        self.scaler = torch.amp.GradScaler(torch.device(cfg.device).type, enabled=compute_dtype(cfg) == "fp16")
+        self.scaler = self._new_scaler()
 
     def _row_options(self):
         return {} if self.cfg.optimizer == "adamw" else _FP32_STATE
 
-    def zero(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+    def _new_scaler(self) -> torch.amp.GradScaler:
+        device = torch.device(self.cfg.device).type
+        return torch.amp.GradScaler(device, enabled=compute_dtype(self.cfg) == "fp16")
+
+    def zero(self, *, keep: bool = False) -> None:
+        """No gradients; keep: zeros instead, to which the next ones are added, where they are if there are any."""
+        if not keep:
+            self.optimizer.zero_grad(set_to_none=True)
+            return
+        for parameter in self.named.values():
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+        torch._foreach_zero_([parameter.grad for parameter in self.named.values()])
+
+    def places(self) -> list[int]:
+        """Addresses of what is trained, and of the gradients that are kept."""
+        tensors = [tensor for p in self.named.values() for tensor in (p, p.grad) if tensor is not None]
+        return list(map(Tensor.data_ptr, tensors))
+
+    def refresh(self) -> None:
+        """Learning rates to the device, where a captured `step` reads them."""
+        self.optimizer.refresh()
+
+    def cut_off(self) -> None:
+        """After a step that did not get to its end: the next one starts as if that had not been."""
+        self.zero()
+        state, self.scaler = self.scaler.state_dict(), self._new_scaler()
+        if state:
+            self.scaler.load_state_dict(state)
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
@@ -62,14 +89,17 @@ class Update:
         return (torch.stack(groups).norm() if groups else torch.zeros((), device=self.device)), norms
 
     def step(self) -> None:
-        """Steps optimizer and schedule. Gradients that are not finite change nothing but an fp16 loss scale."""
+        """Steps the optimizer. Gradients that are not finite change nothing but an fp16 loss scale."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.schedule.step()
         if self.cfg.token_norm == "initial":
             with torch.no_grad():
                 for row, norm in zip(self.rows, self._row_norms):
                     row.mul_(norm / row.norm(dim=1, keepdim=True))
+
+    def next_rates(self) -> None:
+        """Steps the schedule, which is on the host."""
+        self.schedule.step()
 
     def gradients(self) -> Tensor:
         """Makes .grad the true gradients - no loss scale, zeros instead of None, no clipping -> their norm."""

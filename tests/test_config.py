@@ -80,7 +80,7 @@ WRONG = [
     ("timesteps", ["logit"]),
     ("memory", ["balance", "tiny"]),
     ("base_dtype", ["int4", "float32"]),
-    ("cuda_graph", [True, 0, "yes"]),
+    ("cuda_graph", [0, 1, "yes"]),
     ("teacher", ["", 3]),
     ("preset", ["5gb", "papers"]),
     ("backend", ["triton", "cuda", "gpu"]),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from palp_fast import TrainConfig, TrainingDiverged
-from palp_fast.metrics import NAMES, Recorder
+from palp_fast.metrics import NAMES, Recorder, Row
 from palp_fast.update import SKIPPED, Update
 
 
@@ -76,6 +76,7 @@ def test_the_schedule_ends_at_zero():
         backward(update)
         update.clip()
         update.step()
+        update.next_rates()
     assert rates[0] == 0.1 and rates[5] == pytest.approx(0.05) and update.lr == 0
 
 
@@ -126,7 +127,7 @@ def recorded(update, recorder, step, **values):
     recorder.start()
     total, norms = update.clip()
     values = {name: torch.tensor(float(values.get(name, 1.0))) for name in NAMES} | {"grad_norm": total}
-    return recorder.record(step, 0.1, values, norms)
+    return recorder.record(step, 0.1, Row.of(values, norms))
 
 
 def test_what_is_not_finite_is_named():
