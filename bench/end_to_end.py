@@ -3,13 +3,12 @@
     python -m bench.end_to_end [--model emoji-64|sd15|sdxl] [--side N] [--dtype fp32|bf16|fp16] [--provider TEXT]
         [--rounds N] [--lora-steps N] [--sequential] [--start-limit S] [--device cpu|cuda] [--record]
 
-One optimizer step of one sample, rank 32, of ours without CUDA graphs but in "palp_fast fast graph"; time to the LoRA
-is from the start of a process. Every provider has a process
-of its own: its peak memory is its own, and the processes take turns. One whose gradient is not that of the plain
-baseline (bench/step_gate.py) is not timed. Real sizes have random weights (bench/random_model.py). --side: of the
-latents; a small one stands for the model on a CPU, and its rows say so. --sequential: one process at a time, where
-memory does not hold all. --start-limit: who takes longer to load, compile and step once is given up. Stopped by
-SIGTERM or Ctrl-C, it still gives the rows of what it has.
+One optimizer step of one sample, rank 32; of ours, "palp_fast fast graph" alone by CUDA graphs. Time to the LoRA is
+from the start of a process. Every provider has a process of its own: its peak memory is its own, and the processes take
+turns. One whose gradient is not that of the plain baseline (bench/step_gate.py) is not timed. Real sizes have random
+weights (bench/random_model.py). --side: of the latents; a small one stands for the model on a CPU, and its rows say so.
+--sequential: one process at a time, where memory does not hold all. --start-limit: who takes longer to load, compile
+and step once is given up. Stopped by SIGTERM or Ctrl-C, it still gives the rows of what it has.
 """
 
 from __future__ import annotations
