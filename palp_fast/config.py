@@ -146,9 +146,9 @@ class TrainConfig(Settings):
     def resolved(self) -> TrainConfig:
         """Every field as it will be used: preset and method defaults applied, one subject folded into `subjects`.
 
-        memory stays "auto" on a CUDA device: the model decides, in the Trainer. Reads no model, for a preset of a card
-        its configuration files, and writes nothing. Idempotent. Raises ConfigError for what only several fields
-        together, the photo folders or the output folder show to be wrong.
+        memory and cuda_graph stay "auto" on a CUDA device: the model decides, in the Trainer. Reads no model, for a
+        preset of a card its configuration files, and writes nothing. Idempotent. Raises ConfigError for what only
+        several fields together, the photo folders or the output folder show to be wrong.
         """
         from palp_fast.resolve import resolve
 

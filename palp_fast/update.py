@@ -39,8 +39,10 @@ class Update:
         return {} if self.cfg.optimizer == "adamw" else _FP32_STATE
 
     def _new_scaler(self) -> torch.amp.GradScaler:
-        device = torch.device(self.cfg.device).type
-        return torch.amp.GradScaler(device, enabled=compute_dtype(self.cfg) == "fp16")
+        scaler = torch.amp.GradScaler(self.device.type, enabled=compute_dtype(self.cfg) == "fp16")
+        # Which makes its tensors: made in a captured step, they would be made anew by every replay.
+        scaler.scale(torch.zeros((), device=self.device))
+        return scaler
 
     def zero(self, *, keep: bool = False) -> None:
         """No gradients; keep: zeros instead, to which the next ones are added, where they are if there are any."""

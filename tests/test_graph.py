@@ -127,6 +127,12 @@ def test_no_gradient_is_as_large_as_the_vocabulary(folders, tmp_path, monkeypatc
     assert shapes and not any(len(table) in shape for shape in shapes) and table.grad is None
 
 
+def scale_from(trainer, scale):
+    """The loss scale starts there and grows after two good steps."""
+    scaler = trainer.update.scaler
+    scaler.load_state_dict(scaler.state_dict() | {"scale": scale, "growth_interval": 2})
+
+
 def test_the_loss_scale_moves_as_in_eager_steps(folders, tmp_path, monkeypatch):
     """Down at planted overflows, up after two good steps; the skipped steps change nothing."""
     scales = {}
@@ -134,8 +140,7 @@ def test_the_loss_scale_moves_as_in_eager_steps(folders, tmp_path, monkeypatch):
         trainer = trainer_of(folders, tmp_path / kind, "fp16", steps=12)
         if kind == "graph":
             trainer, device = with_graphs(trainer, monkeypatch)
-        trainer.update.scaler.set_growth_interval(2)
-        trainer.update.scaler._init_scale = 64.0
+        scale_from(trainer, 64.0)
         factor = torch.ones(())
         lora_b = next(trainer.named_lora())[2]
         lora_b.register_hook(lambda grad, factor=factor: grad * factor)
@@ -321,6 +326,27 @@ def test_a_lack_of_memory_drops_the_graphs_before_it_changes_the_mode(folders, t
     device.capture = capture
     list(trainer)
     assert tight and trainer.graphs.held == 2 and trainer.predictions.memory == "fast"
+    assert_same(eager, trainer)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_step_that_ran_out_of_memory_is_captured_anew(folders, tmp_path, monkeypatch, passes):
+    """With the loss scale where it was."""
+    options = {"grad_accumulation": passes, "steps": 9}
+    eager, trainer = (trainer_of(folders, tmp_path / kind, "fp16", **options) for kind in ("eager", "graph"))
+    trainer, device = with_graphs(trainer, monkeypatch)
+    choose, left = trainer.draws.choose, [1]
+
+    def fail_once(step, offset):
+        if step == 5 and offset == 2 * (passes - 1) and left:
+            raise torch.OutOfMemoryError(f"a small card, {left.pop()}")
+        return choose(step, offset)
+
+    monkeypatch.setattr(trainer.draws, "choose", fail_once)
+    for each in (eager, trainer):
+        scale_from(each, 64.0)
+        list(each)
+    assert not left and len(device.tapes) == 2 * passes
     assert_same(eager, trainer)
 
 
