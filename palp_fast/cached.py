@@ -10,7 +10,7 @@ from torch import Tensor
 
 from palp_fast import cache, conditioning
 from palp_fast.conditioning import Condition
-from palp_fast.resolve import compute_dtype
+from palp_fast.resolve import base_dtype, compute_dtype
 
 
 def latents(components, place: Callable, pictures: list[Tensor], device: str) -> Iterator[Tensor]:
@@ -36,9 +36,9 @@ def latents(components, place: Callable, pictures: list[Tensor], device: str) ->
 
 
 def conditions(
-    components, texts: dict[str, str | list[str] | None], cfg, place: Callable[[], object]
+    components, texts: dict[str, str | list[str] | None], cfg, place: Callable[[], object], teacher: bool = False
 ) -> dict[str, Condition]:
-    """conditioning.encode_all of a resolved config's prompts, on its device, kept together.
+    """conditioning.encode_all of a resolved config's prompts, on its device, kept together; teacher: by its teacher.
 
     The text encoders with their settings and token rows, what they are computed in, the token ids and the kind of
     device decide what is found. place: called before the text encoders are needed.
@@ -48,7 +48,8 @@ def conditions(
     def name() -> str:
         ids = [conditioning.tokenize(components.tokenizers, [text] if isinstance(text, str) else text)
                for text in (*texts.values(), "")]
-        computed = cfg.base_dtype, compute_dtype(cfg), torch.device(cfg.device).type, str(components.zero_empty)
+        dtypes = base_dtype(cfg, teacher), compute_dtype(cfg, teacher)
+        computed = *dtypes, torch.device(cfg.device).type, str(components.zero_empty)
         return cache.key(
             *encoders, *(_settings(encoder.config.to_dict()) for encoder in encoders), *computed, *texts,
             *(per_encoder for prompts in ids for per_encoder in prompts))

@@ -139,7 +139,7 @@ def _plan(cfg: TrainConfig) -> str:
     plan = prepare(cfg)
     cfg, extra = plan.config, len(passes(plan.config))
     guided = len(split(cfg)[1])
-    by = f", {guided} of them by the teacher {cfg.teacher!r}" if guided else ""
+    by = f", {guided} of them by the teacher {cfg.teacher!r}{_kept(cfg)}" if guided else ""
     lines = [
         plan.describe_prompts(),
         f"photos: {', '.join(str(len(pictures)) for pictures in plan.pictures)} at {plan.resolution} px",
@@ -149,6 +149,14 @@ def _plan(cfg: TrainConfig) -> str:
         plan.estimate().describe(),
     ]
     return "\n".join(lines)
+
+
+def _kept(cfg: TrainConfig) -> str:
+    """How the teacher's weights are kept, where that is not as the model's."""
+    from palp_fast import offload
+
+    dtype = f" in {cfg.teacher_base_dtype}" if cfg.teacher_base_dtype != cfg.base_dtype else ""
+    return dtype + (", whose UNet waits in the memory of the CPU" if offload.asked(cfg) else "")
 
 
 @main.command()

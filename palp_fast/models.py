@@ -222,12 +222,14 @@ def load_components(
     reference: str | os.PathLike, *, dtype: torch.dtype, device: str | torch.device, form: str | None = None,
     first: Callable[[Components, Callable], None] | None = None, backend: str = "auto",
     teacher: Callable[[Components, Callable], None] | None = None, text_stays: bool = True,
+    unet_device: str | torch.device | None = None,
 ) -> Components:
     """Loads a model: UNet and text encoders in `dtype`, the VAE in fp32 (SDXL's overflows in fp16).
 
     The UNet's last convolution stays in fp32 and so its output is fp32: guidance multiplies rounding. form: "int8" or
     "nf4" for the linear layers and convolutions of UNet and text encoders (loading.placed); backend: of the latter's
-    products. text_stays: whether text encoders are left on the device, else on the CPU.
+    products. text_stays: whether text encoders are left on the device, else on the CPU. unet_device: where the UNet
+    goes; None: where the others go.
 
     first: called with the components while nothing is on the device yet, unet None, and with a function that puts the
     VAE there; then the VAE goes back to the CPU. teacher: the same with the text encoders, which are dropped then;
@@ -258,10 +260,8 @@ def load_components(
         for encoder in components.text_encoders:
             torch.nn.Module.to(encoder, "cpu")
     with _readable(reference):
-        if unet is None:
-            components.unet = loading.unet_of_folder(source, dtype, form, device)
-        else:
-            components.unet = loading.placed(unet, dtype, form, device)
+        place = dtype, form, unet_device or device
+        components.unet = loading.unet_of_folder(source, *place) if unet is None else loading.placed(unet, *place)
     if dtype != torch.float32:
         _join_precisions(components)
     return components

@@ -54,7 +54,7 @@ def prepare(config, *, lean: bool | None = None) -> Plan:
     add_tokens(tokenizers, cfg)
     token_ids, texts = check_prompts(tokenizers, cfg), prompts_of(cfg)
     if cfg.teacher is not None:
-        theirs = teacher.check(cfg)
+        theirs = teacher.check(cfg, lean)
         texts |= {f"teacher's {name}": texts[name] for name in theirs}
         token_ids |= {f"teacher's {name}": ids for name, ids in theirs.items()}
     _check_backend(cfg)

@@ -19,9 +19,11 @@ from palp_fast.errors import ConfigError
 _METHOD_DEFAULTS: dict[str, dict[str, Any]] = {"nfsd": {"alpha": 7.5, "rescale": False}}
 _WITHOUT_STUDENT_GUIDANCE = ("sds", "nfsd")
 # They decide where files go and how often, not what is learned; the one-subject fields are inside `subjects` by then.
-# memory changes rounding alone, and "auto" depends on what else runs on the card; a graph changes nothing.
+# memory changes rounding alone, and "auto" depends on what else runs on the card; graphs and teacher_offload change
+# nothing.
 _NOT_IN_FINGERPRINT = ("output_dir", "resume", "sample_every", "checkpoint_every", "preset", "images", "class_noun",
-                       "subject_prompt", "token", "memory", "cuda_graph")  # fmt: skip
+                       "subject_prompt", "token", "memory", "cuda_graph", "teacher_offload")  # fmt: skip
+_QUANTISED = ("int8", "nf4")
 
 
 def resolve(cfg: TrainConfig) -> TrainConfig:
@@ -38,6 +40,9 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
     if values["memory"] == "auto" and values["device"] == "cpu":
         values["memory"] = "fast"
     values["base_dtype"] = _base_dtype(values["base_dtype"], values["device"])
+    _check_teacher(cfg)
+    if cfg.teacher is not None:
+        values["teacher_base_dtype"] = values["teacher_base_dtype"] or values["base_dtype"]
     if cfg.lora_targets == "none" and not cfg.learn_token:
         raise ConfigError("lora_targets: 'none' with learn_token False trains nothing; allowed: one of the two")
     prompts.check(TrainConfig(**values))
@@ -106,6 +111,13 @@ def _free_word(class_noun: str, vectors: int, taken: set[str]) -> str:
     return next(name for name in names if taken.isdisjoint(prompts.token_words(name, vectors)))
 
 
+def _check_teacher(cfg: TrainConfig) -> None:
+    for name in ("teacher_base_dtype", "teacher_offload"):
+        if cfg.teacher is None and getattr(cfg, name):
+            raise ConfigError(f"{name}: {getattr(cfg, name)!r} without a teacher; "
+                              f"allowed beside teacher=, alone: {TrainConfig.__dataclass_fields__[name].default!r}")
+
+
 def _device(device: str) -> str:
     import torch
 
@@ -129,9 +141,18 @@ def _cuda_graph(asked: str | bool, device: str) -> str | bool:
     return False
 
 
-def compute_dtype(cfg: TrainConfig) -> str:
-    """The dtype that a resolved config computes in: "fp32", "bf16" or "fp16", whatever the weights are stored in."""
-    return _base_dtype("auto" if cfg.base_dtype in ("int8", "nf4") else cfg.base_dtype, cfg.device)
+def base_dtype(cfg: TrainConfig, teacher: bool = False) -> str:
+    """What a resolved config stores frozen weights in: the model's, or those of another teacher."""
+    return cfg.teacher_base_dtype or cfg.base_dtype if teacher else cfg.base_dtype
+
+
+def compute_dtype(cfg: TrainConfig, teacher: bool = False) -> str:
+    """The dtype that a resolved config computes in: "fp32", "bf16" or "fp16", whatever the weights are stored in.
+
+    teacher: of another teacher: its weights' own, where these are quantised the model's.
+    """
+    stored = next((dtype for dtype in (base_dtype(cfg, teacher), cfg.base_dtype) if dtype not in _QUANTISED), "auto")
+    return _base_dtype(stored, cfg.device)
 
 
 def _base_dtype(dtype: str, device: str) -> str:

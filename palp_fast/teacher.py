@@ -25,12 +25,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from palp_fast import cached, conditioning, models, predict
+from palp_fast import cached, conditioning, models, offload, predict
 from palp_fast.errors import ConfigError
 from palp_fast.methods import Pass
 from palp_fast.reference.dtypes import BASE_DTYPES
 from palp_fast.reference.quantised import FORMATS
-from palp_fast.resolve import compute_dtype
+from palp_fast.resolve import base_dtype, compute_dtype
 from palp_fast.space import PredictionSpace
 
 # Its prompts by the names of methods.Pass, and what conditioning.prompts_of calls them.
@@ -44,10 +44,14 @@ class Teacher:
 
     components: of the teacher; predictions: of its UNet (predict.adapted), which knows its prompts; student: the
     student's space; passes: those that are the teacher's. timesteps: [T] fp32, tau for each timestep of the student.
+    offloaded: whether the UNet's weights wait in the memory of the CPU, each on the device while it is read.
     """
 
-    def __init__(self, components, predictions, student: PredictionSpace, passes: list[Pass]):
+    def __init__(
+        self, components, predictions, student: PredictionSpace, passes: list[Pass], offloaded: bool = False
+    ):
         self.components, self.predictions, self.student, self.passes = components, predictions, student, passes
+        self.offloaded = offloaded
         tau, alpha_bar = matched(student.alphas_cumprod, components.alphas_cumprod)
         self.timesteps, alpha_bar = (x.to(components.device, torch.float32) for x in (tau, alpha_bar))
         self.space = PredictionSpace(alpha_bar, components.prediction_type == "v_prediction")
@@ -83,31 +87,43 @@ def load(
 ) -> Teacher:
     """The teacher of a resolved config: its prompts encoded, its text encoders dropped, its UNet without LoRA.
 
-    Weights are in the student's base_dtype. lean: as of the Trainer; at_once: of predict.LeanPredictions.
+    Weights are in its own base_dtype. lean: as of the Trainer; at_once: of predict.LeanPredictions.
     """
-    fixed = {}
+    fixed, form, offloaded = {}, base_dtype(cfg, teacher=True), offload.asked(cfg)
     with _named():
         components = models.load_components(
-            cfg.teacher, dtype=BASE_DTYPES[compute_dtype(cfg)], device=cfg.device,
-            form=cfg.base_dtype if cfg.base_dtype in FORMATS else None, backend=cfg.backend,
+            cfg.teacher, dtype=BASE_DTYPES[compute_dtype(cfg, teacher=True)], device=cfg.device,
+            form=form if form in FORMATS else None, backend=cfg.backend, unet_device="cpu" if offloaded else None,
             teacher=lambda parts, place: fixed.update(_conditions(cfg, parts, place)))
-    predictions = predict.adapted(components, cfg.replace(lora_targets="none"), None, lean, at_once)
+    with _named("base_dtype", "teacher_base_dtype"):
+        predictions = predict.adapted(components, _settings(cfg), None, lean, at_once)
+    if offloaded:
+        offload.send_away(components.unet, torch.device(cfg.device))
     predictions.fix(fixed, passes)
-    return Teacher(components, predictions, student, passes)
+    return Teacher(components, predictions, student, passes, offloaded)
+
+
+def _settings(cfg):
+    """A config as that of a model without LoRA in the teacher's base_dtype."""
+    return cfg.replace(lora_targets="none", base_dtype=base_dtype(cfg, teacher=True))
 
 
 def _conditions(cfg, components, place) -> dict[str, conditioning.Condition]:
     """Of the teacher's prompts; none of them names a token that the teacher does not know."""
     texts = conditioning.prompts_of(cfg)
-    return cached.conditions(components, {name: texts.get(known) for name, known in _PROMPTS.items()}, cfg, place)
+    own = {name: texts.get(known) for name, known in _PROMPTS.items()}
+    return cached.conditions(components, own, cfg, place, teacher=True)
 
 
-def check(cfg) -> dict[str, list[list[int]]]:
-    """Token ids (one list per tokenizer) of the teacher's prompts by name; loads no weights.
+def check(cfg, lean: bool | None = None) -> dict[str, list[list[int]]]:
+    """Token ids (one list per tokenizer) of the teacher's prompts by name; loads no weights. lean: as of the Trainer.
 
-    Raises ConfigError for a teacher that cannot be read, whose latent space is another one, or whose tokenizers cut a
-    prompt.
+    Raises ConfigError for a teacher that cannot be read, whose latent space is another one, whose tokenizers cut a
+    prompt, or whose base_dtype diffusers' own modules cannot have.
     """
+    if lean is False:
+        with _named("base_dtype", "teacher_base_dtype"):
+            predict.check_stock(_settings(cfg))
     with _named():
         theirs, tokenizers = models.facts(cfg.teacher), models.load_tokenizers(cfg.teacher)
     _check_latents(cfg, models.facts(cfg.model), theirs)
@@ -150,9 +166,11 @@ def _ids(name: str, text: str, tokenizer) -> list[int]:
 
 
 @contextlib.contextmanager
-def _named() -> Iterator[None]:
-    """Errors of models.py are of the field `teacher` here."""
+def _named(field: str = "model", here: str = "teacher") -> Iterator[None]:
+    """Errors that name a field of the model, as those of models.py, name the teacher's here."""
     try:
         yield
     except ConfigError as error:
-        raise ConfigError("teacher" + str(error).removeprefix("model")) from error
+        if not str(error).startswith(f"{field}:"):
+            raise
+        raise ConfigError(here + str(error).removeprefix(field)) from error

@@ -66,9 +66,9 @@ def _dequantised(func, args):
 class FakeStep:
     """A whole training step of a lean UNet of ledger.SHAPES, without memory."""
 
-    def __init__(self, shape, cfg, form=None):
+    def __init__(self, shape, cfg, form=None, mode=None):
         config, self.side, self.width, self.pooled = ledger.SHAPES[shape]
-        self.cfg, self.mode = cfg, FakeTensorMode()
+        self.cfg, self.mode = cfg, mode or FakeTensorMode()
         with self.mode:
             with ledger.half():
                 unet = UNet2DConditionModel(**config).eval().requires_grad_(False)
@@ -92,13 +92,20 @@ class FakeStep:
         frozen_ = [p for p in (*self.parts.unet.parameters(), *self.parts.unet.buffers()) if not p.requires_grad]
         return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in frozen_}.values())
 
-    def peaks(self):
-        """{"saved", "forward", "without_grad", "backward": bytes} beside weights and LoRA."""
-        unet, batch = self.parts.unet, self.cfg.batch_size
-        known = [*unet.parameters(), *unet.buffers()]
-        if self.predictions.prompt_kv is not None:
-            known += [t for pair in self.predictions.prompt_kv.values.values() for t in pair]
-        found = {}
+    def known(self):
+        """Tensors that are there before the step."""
+        unet, kv = self.parts.unet, self.predictions.prompt_kv
+        return [*unet.parameters(), *unet.buffers(), *(t for pair in (kv.values.values() if kv else ()) for t in pair)]
+
+    def peaks(self, teacher=None):
+        """{"saved", "forward", "without_grad", "backward": bytes} beside weights and LoRA.
+
+        teacher: another FakeStep, whose predictions guide.
+        """
+        batch, found = self.cfg.batch_size, {}
+        known = self.known() + (teacher.known() if teacher else [])
+        guided = [one for one in self.passes if teacher and one.lora_scale == methods.TEACHER]
+        own = [one for one in self.passes if one not in guided]
         with self.mode, Alive(known) as alive:
             x = torch.empty(batch, 4, self.side, self.side)
             t = torch.empty(batch, dtype=torch.int64)
@@ -111,7 +118,9 @@ class FakeStep:
             if self.passes:
                 alive.mark()
                 with torch.no_grad():
-                    self.predictions.without_graph(x, t, leaf.detach(), [0] * batch, self.passes)
+                    self.predictions.without_graph(x, t, leaf.detach(), [0] * batch, own)
+                    if teacher:
+                        teacher.predictions.without_graph(x, t, None, [0] * batch, guided)
                 found["without_grad"] = alive.peak
             alive.mark()
             pred.backward(torch.empty_like(pred))

@@ -79,6 +79,7 @@ EVERY_FIELD = {
     "lr": ("1e-3", 1e-3), "token_lr": (".1", 0.1), "lr_schedule": ("linear", "linear"), "optimizer": ("adamw", "adamw"),
     "max_grad_norm": ("2", 2.0), "timesteps": ("adaptive", "adaptive"), "subject_sampling": ("subject", "subject"),
     "resolution": ("64", 64), "memory": ("low", "low"), "base_dtype": ("fp16", "fp16"), "seed": ("5", 5),
+    "teacher_base_dtype": ("int8", "int8"), "teacher_offload": (None, True),
     "device": ("cpu", "cpu"), "cuda_graph": ("false", False), "checkpoint_every": ("0", 0), "sample_every": ("9", 9),
     "resume": ("must", "must"), "preset": ("paper", "paper"), "backend": ("reference", "reference"),
 }  # fmt: skip
@@ -88,9 +89,9 @@ EVERY_FIELD = {
 def test_every_field_is_an_option(trained, dash):
     assert EVERY_FIELD.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
     options = []
-    for name, (text, _) in EVERY_FIELD.items():
+    for name, (text, value) in EVERY_FIELD.items():
         option = name.replace("_", dash)
-        options += [f"--no-{option}"] if text is None else [f"--{option}", text]
+        options += [f"--{'' if value else 'no-'}{option}"] if text is None else [f"--{option}", text]
     assert run("train", *options).exit_code == 2
     expected = {name: value for name, (_, value) in EVERY_FIELD.items()}
     assert trained == [TrainConfig(**expected)]

@@ -10,6 +10,7 @@ from PIL import Image
 
 from palp_fast.config import NFSD_NEGATIVE_PROMPT, Subject, TrainConfig
 from palp_fast.errors import ConfigError
+from palp_fast.resolve import compute_dtype
 
 # The public interface: a changed name or default here breaks users.
 DEFAULTS = {
@@ -21,6 +22,7 @@ DEFAULTS = {
     "grad_accumulation": 4, "lr": 1e-4, "token_lr": 5e-4, "lr_schedule": "constant", "optimizer": "adamw8bit",
     "max_grad_norm": 1.0,
     "timesteps": "stratified", "subject_sampling": "image", "resolution": None, "memory": "auto", "base_dtype": "auto",
+    "teacher_base_dtype": None, "teacher_offload": False,
     "seed": 0, "device": "auto", "cuda_graph": "auto", "checkpoint_every": 100, "sample_every": 0, "resume": "auto",
     "preset": None, "backend": "auto",
 }  # fmt: skip
@@ -82,6 +84,8 @@ WRONG = [
     ("base_dtype", ["int4", "float32"]),
     ("cuda_graph", [0, 1, "yes"]),
     ("teacher", ["", 3]),
+    ("teacher_base_dtype", ["auto", "int4", 8]),
+    ("teacher_offload", [1, "cpu", None]),
     ("preset", ["5gb", "papers"]),
     ("backend", ["triton", "cuda", "gpu"]),
     ("device", ["tpu", "cuda:x", 0]),
@@ -210,6 +214,8 @@ def test_preset_gives_way_to_given_fields_even_at_their_default(make):
         ({"lora_targets": "none", "learn_token": False}, "lora_targets: 'none' with learn_token False"),
         ({"device": "cuda:77"}, "device: 'cuda:77' is not allowed"),
         ({"subjects": [Subject("x", "cat")]}, "images: .* beside subjects"),
+        ({"teacher_base_dtype": "int8"}, "teacher_base_dtype: 'int8' without a teacher; .* alone: None"),
+        ({"teacher_offload": True}, "teacher_offload: True without a teacher; .* alone: False"),
         ({"images": None, "class_noun": None, "subjects": [Subject("x", "a")], "subject_prompt": "x"}, "subject_pro"),
     ],
 )
@@ -264,6 +270,24 @@ def test_wrong_toml(tmp_path, content, message):
         (tmp_path / "c.toml").write_text(content)
     with pytest.raises(ConfigError, match=message):
         TrainConfig.from_toml(tmp_path / "c.toml")
+
+
+def test_the_teachers_dtype_is_the_models_where_it_is_not_given(make):
+    own = make(teacher="t", base_dtype="int8").resolved()
+    assert own.teacher_base_dtype == "int8" and own.resolved() == own
+    assert make(teacher="t", base_dtype="int8", teacher_base_dtype="int8").fingerprint() == own.fingerprint()
+    assert make(teacher="t", base_dtype="int8", teacher_base_dtype="nf4").fingerprint() != own.fingerprint()
+    assert make(teacher="t", base_dtype="int8", teacher_offload=True).fingerprint() == own.fingerprint()
+    assert make().resolved().teacher_base_dtype is None
+
+
+@pytest.mark.parametrize(("own", "theirs", "expected"), [
+    ("fp16", "int8", "fp16"), ("bf16", "nf4", "bf16"), ("fp16", "bf16", "bf16"), ("int8", "fp16", "fp16"),
+    ("int8", "nf4", "fp32"), ("bf16", "fp32", "fp32"), ("bf16", None, "bf16"),
+])
+def test_the_teacher_computes_in_its_own_dtype_quantised_in_the_models(make, own, theirs, expected):
+    cfg = make(teacher="t", base_dtype=own, teacher_base_dtype=theirs).resolved()
+    assert compute_dtype(cfg, teacher=True) == expected
 
 
 def test_fingerprint_follows_what_decides_the_result(make, photos, tmp_path):

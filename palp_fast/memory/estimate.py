@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from palp_fast import methods
+from palp_fast import methods, offload
 from palp_fast.memory import parts as inside
 from palp_fast.memory.models import Configs, Parts, nbytes, parts_of
-from palp_fast.memory.step import Sizes, fixed_prompts, step
+from palp_fast.memory.step import Other, Sizes, fixed_prompts, step
 from palp_fast.memory.tape import Ledger, Tape
 from palp_fast.memory.unet import Pass
 from palp_fast.nn.lean import MEMORY, lora_layers, set_memory
@@ -92,7 +92,7 @@ def estimates(
     """
     parts, other = parts_of(configs, cfg), None
     if teacher is not None and methods.split(cfg)[1]:
-        other = parts_of(teacher, cfg.replace(lora_targets="none"))
+        other = parts_of(teacher, cfg, teacher=True)
     return [_Run(parts, cfg.replace(memory=mode), resolution, photos, other).estimate() for mode in modes]
 
 
@@ -105,7 +105,7 @@ class _Run:
                 set_memory(one.unet, cfg.memory)
         self.parts, self.cfg, self.resolution, self.teacher = parts, cfg, resolution, teacher
         self.on_card = cfg.device != "cpu"
-        item = BASE_DTYPES[compute_dtype(cfg)].itemsize
+        item, self.their_item = (BASE_DTYPES[compute_dtype(cfg, which)].itemsize for which in (False, True))
         scale = 2 ** (len(parts.vae.config.block_out_channels) - 1)
         subjects = min(cfg.batch_size, len(cfg.subjects))
         self.sizes = Sizes(cfg.batch_size, resolution // scale, _tokens(parts), subjects, item, self.on_card)
@@ -118,7 +118,10 @@ class _Run:
         self.rows = len(cfg.subjects) * cfg.token_vectors * sum(widths) * _FP32
         self.state = int(self.lora / _FP32 * _STATE[cfg.optimizer] + self.rows / _FP32 * 8)
         self.caches = latents + self._prompt_kv()
+        self.waits = offload.asked(cfg)
         others = {} if teacher is None else {"the teacher's UNet": nbytes(teacher.unet)}
+        if teacher is not None and self.waits:
+            others = {"what stays of the teacher's UNet": nbytes(teacher.unet, lambda value: not offload.waits(value))}
         self.resident = {"UNet": self.unet} | ({} if self.on_card else {"VAE": self.vae})
         if cfg.learn_token or not self.on_card:
             self.resident |= {"text encoders": self.text}
@@ -129,10 +132,10 @@ class _Run:
         """Keys and values of the fixed prompts, made once."""
         if all(one.lora_scale != methods.TEACHER for one in methods.passes(self.cfg)):
             return 0
-        parts = self.teacher or self.parts
+        parts, item = (self.parts, self.sizes.itemsize) if self.teacher is None else (self.teacher, self.their_item)
         widths = sum(m.to_k.out_features for m in parts.unet.modules()
                      if isinstance(m, LeanAttention) and m.is_cross_attention)
-        return fixed_prompts(self.cfg) * _tokens(parts) * 2 * widths * self.sizes.itemsize
+        return fixed_prompts(self.cfg) * _tokens(parts) * 2 * widths * item
 
     def estimate(self) -> Estimate:
         first, last = [self.caching(), self.loading()], [self.update()]
@@ -158,20 +161,17 @@ class _Run:
     def loading(self) -> Phase:
         """The largest layer beside all others: as it was, and the fp32 numbers of quantising it."""
         weights = {"UNet": self.unet, "text encoders": self.text}
-        made = {"a layer, quantised": self._quantised_layer(self.parts)}
+        made = {"a layer, quantised": _quantised_layer([self.parts.unet, *self.parts.encoders], self.sizes.itemsize)}
         return Phase("loading", weights | ({} if self.on_card else {"VAE": self.vae}) | made)
 
     def loading_teacher(self) -> Phase:
         """Its text encoders, which are dropped before its UNet comes; the trained model is there."""
-        own = {name: size for name, size in self.resident.items() if name != "the teacher's UNet"}
-        most = max(sum(map(nbytes, self.teacher.encoders)), nbytes(self.teacher.unet))
+        own = {name: size for name, size in self.resident.items() if "teacher" not in name}
+        encoders, unet = self.teacher.encoders, [] if self.waits else [self.teacher.unet]
+        most = max(sum(map(nbytes, encoders)), sum(map(nbytes, unet)))
         own |= {"LoRA and token rows": self.lora + self.rows, "the teacher's text encoders or UNet": most}
-        return Phase("loading the teacher", own | {"a layer, quantised": self._quantised_layer(self.teacher)})
-
-    def _quantised_layer(self, parts: Parts) -> int:
-        sizes = [m.weight.shape[0] * m.weight.width for whole in (parts.unet, *parts.encoders)
-                 for m in whole.modules() if isinstance(getattr(m, "weight", None), QuantisedWeight)]
-        return max(sizes, default=0) * (self.sizes.itemsize + 3 * _FP32)
+        made = {"a layer, quantised": _quantised_layer([*encoders, *unet], self.their_item)}
+        return Phase("loading the teacher", own | made)
 
     def steps(self) -> list[tuple[int | None, Phase]]:
         """The step with no-grad predictions all at once, then with fewer of them: (how many, the step)."""
@@ -180,8 +180,7 @@ class _Run:
         saved = sum(inside.text_saved(e, *text) for e in self.parts.encoders) if cfg.learn_token else 0
         back = max(inside.text_backward(e, *text) for e in self.parts.encoders) if cfg.learn_token else 0
         grown = cfg.grad_accumulation == 1
-        other = self.teacher and (self.teacher.unet, _tokens(self.teacher))
-        found = step(self.parts.unet, cfg, sizes, saved, back, grown, other)
+        found = step(self.parts.unet, cfg, sizes, saved, back, grown, self.teacher and self._other())
         parts = self.resident | self.trained | {"gradients": 0 if grown else self.lora + self.rows,
                                                 "caches of photos and prompts": self.caches}
         phases = []
@@ -191,6 +190,9 @@ class _Run:
             work = {"kept for the backward pass": found.saved, f"at work in {most[0]}": most[1] - found.saved}
             phases.append((at_once, Phase("in the step", parts | work)))
         return phases
+
+    def _other(self) -> Other:
+        return Other(self.teacher.unet, _tokens(self.teacher), self.their_item, self.waits)
 
     def update(self) -> Phase:
         """The optimizer's step, which makes nothing large."""
@@ -206,6 +208,12 @@ class _Run:
         parts = self.resident | {"text encoders": self.text, "VAE": self.vae} | self.trained
         parts |= {"caches of photos and prompts": self.caches, "a picture in the decoder": work}
         return Phase("sampling", parts)
+
+
+def _quantised_layer(modules: list[nn.Module], itemsize: int) -> int:
+    sizes = [m.weight.shape[0] * m.weight.width for whole in modules for m in whole.modules()
+             if isinstance(getattr(m, "weight", None), QuantisedWeight)]
+    return max(sizes, default=0) * (itemsize + 3 * _FP32)
 
 
 def _tokens(parts: Parts) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from palp_fast.nn.frozen import quantise_layers
 from palp_fast.nn.lean import QUANTISED, lean_unet
 from palp_fast.reference.dtypes import BASE_DTYPES
 from palp_fast.reference.quantised import FORMATS
-from palp_fast.resolve import compute_dtype
+from palp_fast.resolve import base_dtype, compute_dtype
 
 _VAE = {
     "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
@@ -72,19 +72,21 @@ class Parts:
     vae: nn.Module
 
 
-def parts_of(configs: Configs, cfg) -> Parts:
-    """As the Trainer of a resolved config would load them. Raises UnsupportedUNet."""
+def parts_of(configs: Configs, cfg, teacher: bool = False) -> Parts:
+    """As the Trainer of a resolved config would load them; teacher: as another teacher. Raises UnsupportedUNet."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    form = cfg.base_dtype if cfg.base_dtype in FORMATS else None
+    form = base_dtype(cfg, teacher)
+    form = form if form in FORMATS else None
+    targets = "none" if teacher else cfg.lora_targets
     kinds = (CLIPTextModel, CLIPTextModelWithProjection)
     with torch.device("meta"):
-        with _default(BASE_DTYPES[compute_dtype(cfg)]):
+        with _default(BASE_DTYPES[compute_dtype(cfg, teacher)]):
             unet = UNet2DConditionModel.from_config(configs.unet).eval()
             encoders = [kind(CLIPTextConfig(**text)) for kind, text in zip(kinds, configs.text)]
         vae = AutoencoderKL.from_config(configs.vae).requires_grad_(False)
-        lean_unet(unet, rank=cfg.rank, lora_targets=cfg.lora_targets, base_dtype=form)
+        lean_unet(unet, rank=cfg.rank, lora_targets=targets, base_dtype=form)
         for encoder in encoders:
             encoder.requires_grad_(False)
             if form is not None:
@@ -103,8 +105,8 @@ def _default(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def nbytes(module: nn.Module) -> int:
-    """Bytes of what is frozen, each storage once."""
-    tensors = [t for t in (*module.parameters(), *module.buffers()) if not t.requires_grad]
+def nbytes(module: nn.Module, which: Callable[[torch.Tensor], bool] = lambda tensor: True) -> int:
+    """Bytes of what is frozen, each storage once; which: of these tensors alone."""
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if not t.requires_grad and which(t)]
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())

@@ -43,14 +43,20 @@ class Sizes:
     on_card: bool = True
 
 
-def step(
-    unet: nn.Module, cfg, sizes: Sizes, text_saved: int, text_backward: int, grown: bool,
-    teacher: tuple[nn.Module, int] | None = None,
-) -> Step:
-    """Of a lean UNet in its memory mode; grown: LoRA gradients grow during the backward pass, else they are there.
+@dataclass(frozen=True)
+class Other:
+    """Another model as the teacher: its lean UNet, tokens of its prompts, bytes of a number; waits: it is offloaded."""
 
-    teacher: another model's lean UNet and the tokens of its prompts.
-    """
+    unet: nn.Module
+    tokens: int
+    itemsize: int
+    waits: bool = False
+
+
+def step(
+    unet: nn.Module, cfg, sizes: Sizes, text_saved: int, text_backward: int, grown: bool, teacher: Other | None = None
+) -> Step:
+    """Of a lean UNet in its memory mode; grown: LoRA gradients grow during the backward pass, else they are there."""
     ledger = Ledger()
     text = Buffer(ledger, text_saved)
     tape = Tape(ledger, sizes.itemsize, True, sizes.on_card)
@@ -59,13 +65,15 @@ def step(
         computed=sizes.subjects, prompt_grad=cfg.learn_token).run()
     forward, saved = ledger.peak, ledger.alive
     own, other = methods.split(cfg)
-    models = [(unet, sizes, own)]
+    models = [(unet, sizes, own, False)]
     if teacher is not None:
-        models.append((teacher[0], replace(sizes, tokens=teacher[1]), other))
+        theirs = replace(sizes, tokens=teacher.tokens, itemsize=teacher.itemsize)
+        models.append((teacher.unet, theirs, other, teacher.waits))
     split = {}
     for at_once in sizes_of_split(cfg):
-        split[at_once] = max(_without_grad(ledger, cfg, unet, sizes, passes, group) for unet, sizes, passes in models
-                             for group in _groups(passes, at_once))
+        split[at_once] = max(
+            _without_grad(ledger, cfg, unet, sizes, passes, group, waits)
+            for unet, sizes, passes, waits in models for group in _groups(passes, at_once))
     ledger.mark()
     if not grown:
         tape.leaf_gradients = _Dropped()
@@ -99,7 +107,8 @@ def _groups(passes: list[methods.Pass], at_once: int) -> list[list[methods.Pass]
 
 
 def _without_grad(
-    ledger: Ledger, cfg, unet: nn.Module, sizes: Sizes, passes: list[methods.Pass], group: list[methods.Pass]
+    ledger: Ledger, cfg, unet: nn.Module, sizes: Sizes, passes: list[methods.Pass], group: list[methods.Pass],
+    waits: bool,
 ) -> int:
     """The most bytes alive in one no-grad pass, the `group` of a model's `passes`."""
     ledger.mark()
@@ -110,7 +119,7 @@ def _without_grad(
     Pass(
         Tape(ledger, sizes.itemsize, False, sizes.on_card), unet, sizes.batch, sizes.side, sizes.tokens,
         adapted=sizes.batch * len(factors), count=sizes.batch * len(group), computed=computed, fixed=fixed,
-        lora=factors != {methods.TEACHER}).run()
+        lora=factors != {methods.TEACHER}, waits=waits).run()
     return ledger.peak
 
 

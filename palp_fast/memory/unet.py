@@ -6,6 +6,7 @@ from itertools import zip_longest
 
 from torch import nn
 
+from palp_fast import offload
 from palp_fast.memory.inner import inner
 from palp_fast.memory.tape import Tape, Value
 from palp_fast.nn.lora import LoRALinear
@@ -18,15 +19,17 @@ class Pass:
     """One call of a lean UNet (on the meta device) for `batch` samples at side x side latents.
 
     adapted: samples with their LoRA factors, count: rows (nn.expand); computed: prompts whose keys and values this call
-    makes; lora: whether any row has LoRA; fixed: prompts with ready-made ones; prompt_grad: prompts want a gradient.
+    makes; lora: whether any row has LoRA; fixed: prompts with ready-made ones; prompt_grad: prompts want a gradient;
+    waits: each weight is on the device while it is read (offload).
     """
 
     def __init__(
         self, tape: Tape, unet: nn.Module, batch: int, side: int, tokens: int, *, adapted: int, count: int,
-        computed: int, fixed: int = 0, lora: bool = True, prompt_grad: bool = False,
+        computed: int, fixed: int = 0, lora: bool = True, prompt_grad: bool = False, waits: bool = False,
     ):
         self.tape, self.unet, self.batch, self.side, self.tokens = tape, unet, batch, side, tokens
         self.adapted, self.count, self.computed, self.fixed, self.lora = adapted, count, computed, fixed, lora
+        self.waits = waits
         width = unet.config.cross_attention_dim
         made = tape.leaf if prompt_grad else tape.make
         self.context = made(computed, tokens, width) if computed else None
@@ -225,9 +228,14 @@ class Pass:
         return {name: size + dense for name, size in found.items()}
 
     def dense(self, layer) -> int:
-        """Bytes of a quantised weight while it is dequantised."""
+        """Bytes of a quantised weight while it is dequantised, and of one that waits elsewhere while it is read."""
         weight = layer.weight
-        return weight.shape[0] * weight.width * self.tape.itemsize if isinstance(weight, QuantisedWeight) else 0
+        made = weight.shape[0] * weight.width * self.tape.itemsize if isinstance(weight, QuantisedWeight) else 0
+        if self.waits:
+            read = getattr(layer, "sums", None)
+            parts = [read] if read is not None else [layer.bias, *_tensors(weight)]
+            made += sum(part.nbytes for part in parts if part is not None and offload.waits(part))
+        return made
 
     def take(self, x: Value, rows: int) -> Value:
         return x if x.rows == rows else self.tape.make(rows, x.pixels, x.channels)
@@ -235,6 +243,10 @@ class Pass:
 
 def _units(block):
     return zip_longest(block.resnets, getattr(block, "attentions", ()))
+
+
+def _tensors(weight) -> list:
+    return [weight.codes, weight.scale] if isinstance(weight, QuantisedWeight) else [weight]
 
 
 def _factors(layer) -> int:

@@ -45,8 +45,8 @@ class FrozenWeight:
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether a layer of this module has a quantised weight."""
-    return any(isinstance(m, FrozenWeight) and kept(m, "weight") is not None for m in module.modules())
+    """Whether a layer of this module has a quantised weight; reads no weights."""
+    return any(isinstance(m, FrozenWeight) and "weight_form" in m.__dict__ for m in module.modules())
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from palp_fast import autocast, functional
 from palp_fast.functional import inexact
-from palp_fast.nn.frozen import FrozenWeight, kept
+from palp_fast.nn.frozen import FrozenWeight, is_quantised, kept
 from palp_fast.ops.registry import overload
 from palp_fast.quantised import QuantisedWeight, Weight
 
@@ -145,7 +145,7 @@ class LeanResnet(ResnetBlock2D):
         """Whether channels of the skip by themselves save products: of fewer rows, or without a gradient."""
         alone = len(skip) < len(x) or (torch.is_grad_enabled() and x.requires_grad and not skip.requires_grad)
         whole_groups = x.shape[1] * self.norm1.num_groups % (x.shape[1] + skip.shape[1]) == 0
-        divisible = not isinstance(self.conv1.weight, QuantisedWeight)
+        divisible = not is_quantised(self.conv1)
         return alone and whole_groups and divisible and self.conv_shortcut is not None
 
     def _of_parts(self, parts: list[Tensor], call, layer) -> Tensor:
@@ -209,9 +209,9 @@ class LeanUpsampleConv2d(LeanConv2d):
 
     def doubled(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, d_out, 2 H, 2 W]."""
-        if self.sums is None:
+        if (sums := self.sums) is None:
             return self(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        run = lambda x: _Transposed.apply(x, self.sums.to(x.dtype), self.bias, self.backend)  # noqa: E731
+        run = lambda x: _Transposed.apply(x, sums.to(x.dtype), self.bias, self.backend)  # noqa: E731
         return autocast.product(run, x)
 
     def _apply(self, fn, recurse=True):
