@@ -51,6 +51,8 @@ def _devices() -> list[str]:
     import torch
 
     lines = [f"cpu: {cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"]
+    if slow := [dtype for dtype in ("bf16", "fp16") if not fast_on_cpu(dtype)]:
+        lines.append(f"cpu: {_slow(slow)}")
     if torch.version.cuda is None:
         return [*lines, "cuda: none; this build of torch has no CUDA"]
     if not torch.cuda.is_available():
@@ -60,6 +62,27 @@ def _devices() -> list[str]:
         bf16 = "bf16" if card.major >= 8 else "fp16 only"
         lines.append(f"cuda:{i}: {card.name}, {card.total_memory / 2**30:.1f} GiB, sm_{card.major}{card.minor}, {bf16}")
     return lines
+
+
+def fast_on_cpu(dtype: str) -> bool:
+    """Whether torch has fast products in "bf16" or "fp16" for this processor; those in fp32 are."""
+    import torch
+
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{dtype}_supported", None)
+    return dtype == "fp32" or (supported is not None and bool(supported()))
+
+
+def warning(cfg) -> str | None:
+    """A line for a resolved config that computes in a dtype that is slow on its device."""
+    from palp_fast.resolve import compute_dtype
+
+    computed = dict.fromkeys(compute_dtype(cfg, teacher) for teacher in (False, cfg.teacher is not None))
+    slow = [dtype for dtype in computed if cfg.device == "cpu" and not fast_on_cpu(dtype)]
+    return f"warning: {_slow(slow)}" if slow else None
+
+
+def _slow(dtypes: list[str]) -> str:
+    return f"torch has no fast products in {' and '.join(dtypes)} for this CPU; those in fp32 take a small part of the time"
 
 
 def cpu_name() -> str:

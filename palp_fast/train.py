@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from palp_fast import cached, conditioning, functional, methods, models, predict, previews, teacher
+from palp_fast import cached, conditioning, doctor, functional, methods, models, predict, previews, teacher
 from palp_fast.batches import Batch, Draws, Sums, pick
 from palp_fast.conditioning import Condition
 from palp_fast.config import TrainConfig
@@ -75,6 +75,8 @@ class Trainer:
         if plan.choice is not None:
             print(plan.choice.describe(), flush=True)
         cfg = self.config = plan.config
+        if slow := doctor.warning(cfg):
+            print(slow, flush=True)
         self._given, self.folder, self.resolution = config, plan.folder, plan.resolution
         if lean is False:
             predict.check_stock(cfg)

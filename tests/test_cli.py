@@ -238,6 +238,29 @@ def test_doctor_names_versions_devices_and_every_operator_with_its_reason():
         assert any(row.operator in line and row.reason in line for line in text.splitlines())
 
 
+def test_products_that_are_slow_on_the_cpu_are_told(model, photos, tmp_path, monkeypatch):
+    """By the doctor, and once before a training that would compute so."""
+    from palp_fast import doctor
+
+    right = doctor.fast_on_cpu
+    assert right("fp32") and not right("an unknown dtype")
+    for fast in (("fp32",), ("fp32", "bf16"), ("fp32", "bf16", "fp16")):
+        monkeypatch.setattr(doctor, "fast_on_cpu", fast.__contains__)
+        slow = " and ".join(dtype for dtype in ("bf16", "fp16") if dtype not in fast)
+        lines = [line for line in doctor.report().splitlines() if "no fast products" in line]
+        assert len(lines) == bool(slow) and all(f"in {slow} for this CPU" in line for line in lines)
+        for dtype, teacher in (("bf16", {}), ("fp32", {}), ("int8", {}),
+                               ("fp32", {"teacher": str(model), "teacher_base_dtype": "bf16"})):
+            cfg = tiny.config(model, tmp_path / "out", base_dtype=dtype, **teacher).resolved()
+            assert (doctor.warning(cfg) is not None) == ("bf16" in (dtype, *teacher.values()) and "bf16" not in fast)
+            assert doctor.warning(cfg.replace(device="cuda")) is None
+    monkeypatch.setattr(doctor, "fast_on_cpu", ("fp32",).__contains__)
+    result = run("train", f"--model={model}", f"--images={photos}", "--class-noun=owl", "--prompt=a sketch of [V]",
+                 f"--output-dir={tmp_path / 'out'}", "--steps=1", "--rank=2", "--grad-accumulation=1", "--base-dtype=fp16")
+    assert result.exit_code == 0, result.output
+    assert [line for line in result.output.splitlines() if line.startswith("warning: torch has no fast products in fp16")]
+
+
 def test_presets_can_be_pasted_into_a_config_file(required, tmp_path, trained):
     sections, found = {}, run("presets")
     assert found.exit_code == 0, found.output
