@@ -192,6 +192,21 @@ class Components:
             for module, home in zip(modules, homes):
                 torch.nn.Module.to(module, home)
 
+    @contextlib.contextmanager
+    def decoding_in_tiles(self, side: int) -> Iterator[None]:
+        """Within, pictures of side x side pixels are decoded in overlapping tiles (diffusers' own), encoded as ever.
+
+        A third of a whole picture's memory or less; tiles are normalised by themselves, so pixels differ a little.
+        """
+        vae, latents = self.vae, tile_side(side // self.vae_scale)
+        before = vae.tile_sample_min_size, vae.tile_latent_min_size, vae.use_tiling
+        vae.tile_sample_min_size, vae.tile_latent_min_size = latents * self.vae_scale, latents
+        vae.use_tiling = True
+        try:
+            yield
+        finally:
+            vae.tile_sample_min_size, vae.tile_latent_min_size, vae.use_tiling = before
+
     @torch.no_grad()
     def to_latents(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w], fp32: the posterior's mean, scaled for the UNet."""
@@ -216,6 +231,11 @@ class Components:
                 **parts, force_zeros_for_empty_prompt=self.zero_empty, add_watermarker=False)
         return diffusers.StableDiffusionPipeline(
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
+def tile_side(latents: int) -> int:
+    """Latents along a tile's side, of a picture's: half of them, in fours, so that a quarter overlaps in whole ones."""
+    return -(-latents // 8) * 4
 
 
 def load_components(

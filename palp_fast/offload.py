@@ -51,7 +51,7 @@ class _Waiting(dict):
 
 
 def _homes(values: list[Tensor], device: torch.device) -> dict[int, Tensor]:
-    """{id: the same in the memory of the CPU}; what shared memory, as packed weights and their views, shares it again."""
+    """{id: the same in the memory of the CPU}; what shared memory, as packed weights and views of them, still does."""
     largest: dict[int, Tensor] = {}
     for value in values:
         key = value.untyped_storage()._cdata

@@ -45,7 +45,7 @@ def prepare(config, *, lean: bool | None = None) -> Plan:
     """Checks a TrainConfig and reads its photos and checkpoint. Raises ConfigError or DataError; writes nothing.
 
     lean: as of the Trainer; memory "auto" is "fast" where it is False. On a CUDA device an estimate chooses the memory
-    mode and how far the no-grad pass is split.
+    mode, how far the no-grad pass is split and whether previews are decoded in tiles.
     """
     cfg = config.resolved()
     facts = models.facts(cfg.model)
@@ -67,7 +67,7 @@ def prepare(config, *, lean: bool | None = None) -> Plan:
     state, choice = folder.earlier_state(cfg.resume), None
     if lean is False:
         choice = Choice("fast" if cfg.memory == "auto" else cfg.memory, "by diffusers' own modules (lean=False)", None)
-    elif cfg.device != "cpu" and (cfg.memory == "auto" or len(sizes_of_split(cfg)) > 1):
+    elif cfg.device != "cpu" and (cfg.memory == "auto" or cfg.sample_every or len(sizes_of_split(cfg)) > 1):
         choice = _choice(cfg, resolution)
     if choice is not None:
         cfg = cfg.replace(memory=choice.memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from pathlib import Path
 
@@ -21,10 +22,14 @@ _NOISE_STEP = 2**31
 
 
 def draw(trainer, folder: Path) -> None:
-    """Writes the LoRA and token files, y-<i>.png, <y_P name>-<i>.png and <y_P name>-x0.png to `folder`."""
+    """Writes the LoRA and token files, y-<i>.png, <y_P name>-<i>.png and <y_P name>-x0.png to `folder`.
+
+    Pictures are decoded one by one; trainer.tiles: in tiles.
+    """
     components = trainer.components
     write_files(folder, trainer)
-    with components.on_device(components.vae, *components.text_encoders):
+    tiles = components.decoding_in_tiles(trainer.resolution) if trainer.tiles else contextlib.nullcontext()
+    with components.on_device(components.vae, *components.text_encoders), tiles:
         _pictures(trainer, folder)
 
 

@@ -65,6 +65,7 @@ class Trainer:
     nothing is written before the first step or save. Raises ConfigError or DataError.
     config: the resolved TrainConfig; step: optimizer steps done; unet: the student, or its frozen base, the teacher
     where there is no other, with lora_scale=0; teacher: another model as the teacher (teacher.Teacher) or None;
+    tiles: whether previews are decoded in tiles (docs/memory.md);
     diagnostics: alignment and reconstruction by timesteps, token norms, as read so far (diagnostics.Diagnostics).
     lean: None converts the UNet to the lean one where that can be (predict.adapted), False trains diffusers' own.
     """
@@ -80,6 +81,7 @@ class Trainer:
         self._given, self.folder, self.resolution = config, plan.folder, plan.resolution
         if lean is False:
             predict.check_stock(cfg)
+        self.tiles = cfg.memory == "low" or bool(plan.choice and plan.choice.tiles)
         watch_memory(cfg.device)
         cap_memory(cfg.device)
         latents = []

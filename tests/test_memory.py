@@ -56,18 +56,20 @@ def test_a_step_at_full_size(shape, mode, options):
         assert estimate == pytest.approx(size, rel=0.02), name
 
 
-@pytest.mark.parametrize("way", ["encode", "decode"])
+@pytest.mark.parametrize("way", ["encode", "decode", "decode in tiles"])
 def test_vae_at_full_size(way):
     """A picture of 512 x 512 through the VAE, without memory: within 5 %."""
+    tiles = "tiles" in way
     with FakeTensorMode(), torch.no_grad():
         vae = AutoencoderKL.from_config(FAMILIES["SD1.x"].vae).eval()
         known = [*vae.parameters(), *vae.buffers()]
-        with alive.Alive(known) as counted:
+        components = models.Components([], [], vae, None, None, "sd", "m", 8)
+        with alive.Alive(known) as counted, components.decoding_in_tiles(512) if tiles else contextlib.nullcontext():
             if way == "encode":
                 vae.encode(torch.empty(1, 3, 512, 512)).latent_dist.mean
             else:
                 vae.decode(torch.empty(1, 4, 64, 64)).sample.clamp(-1, 1)
-    made = getattr(parts, f"vae_{way}")(vae, 512)
+    made = parts.vae_encode(vae, 512) if way == "encode" else parts.vae_decode(vae, 512, tiles)
     print(f"{way}: alive {counted.peak / 2**20:.1f} MiB, estimate {made / 2**20:.1f}")
     assert made == pytest.approx(counted.peak, rel=0.05)
 
@@ -143,13 +145,35 @@ def test_latents_are_cached_before_the_unet_is_loaded(folders, tmp_path, monkeyp
 
 def test_phases_add_up_and_sampling_counts_where_it_is_asked_for():
     configs = FAMILIES["SD1.x"]
-    plain, sampled = (memory.estimates(configs, config(sample_every=n), 512, 5, ["low"])[0] for n in (0, 10))
+    plain, sampled = (memory.estimates(configs, config(sample_every=n), 512, 5, ["fast"])[0] for n in (0, 10))
     assert plain.peak == max(phase.total for phase in plain.phases)
     assert [phase.name for phase in sampled.phases] == [*(phase.name for phase in plain.phases), "sampling"]
     decoder = sampled.phases[-1].parts["a picture in the decoder"]
-    assert decoder >= 6 * 128 * 512 * 512 * 4
-    larger = memory.estimates(configs, config(rank=128, batch_size=2), 640, 5, ["low"])[0]
+    assert decoder >= 6 * 128 * 512 * 512 * 4 and not sampled.tiles
+    larger = memory.estimates(configs, config(rank=128, batch_size=2), 640, 5, ["fast"])[0]
     assert larger.peak > plain.peak
+
+
+def test_tiles_fit_together():
+    """By diffusers' rounding: what of a tile is kept is where the next one begins, whatever the side."""
+    for latents in range(8, 200):
+        tile = models.tile_side(latents)
+        step, kept = int(tile * 0.75), tile * 8 - int(tile * 8 * 0.25)
+        assert step * 8 == kept and latents <= 2 * tile < latents + 8
+
+
+def test_previews_are_decoded_in_tiles_where_whole_pictures_do_not_fit():
+    configs = FAMILIES["SDXL"]
+    whole, low = memory.estimates(configs, config(base_dtype="int8", sample_every=10), 1024, 5, ["balanced", "low"])
+    assert whole.worst.name == "sampling" and not whole.tiles
+    tiled = whole.split[0]
+    assert (tiled.tiles, tiled.at_once, tiled.memory) == (True, None, "balanced")
+    assert tiled.phases[-1].total < whole.phases[-1].total - 2 * GIB
+    assert low.tiles and not any(one.peak >= low.peak for one in low.split) and "previews in tiles" in low.describe()
+    for one in (whole, tiled):
+        need = int(MARGIN * one.peak) + ASSUMED["libraries' workspaces"] + 1
+        choice = fitting([whole], need, asked=True)
+        assert choice.tiles == one.tiles and choice.at_once is None
 
 
 def test_the_first_mode_that_fits_is_chosen():

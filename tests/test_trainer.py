@@ -3,12 +3,15 @@
 import json
 import logging
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import AutoencoderKL
 from palp_fast import ConfigError, DataError, Subject, Trainer, TrainingDiverged, checkpoint, train
 from palp_fast.export import load_lora
 from palp_fast.metrics import Recorder
+from PIL import Image
 from safetensors.torch import load_file
 
 
@@ -257,6 +260,26 @@ def test_samples_are_drawn_from_fixed_seeds_and_leave_training_alone(models, tmp
     names = ["y-0.png", "y-1.png", "y_P-0.png", "y_P-1.png", "y_P-x0.png"]
     assert [path.name for path in results[1].samples] == sorted(names) * 2
     assert (results[1].samples[0].parent / "my_cat.safetensors").is_file()
+
+
+def test_previews_in_tiles(models, tmp_path, monkeypatch):
+    """In mode "low": nearly the same pictures, the same training, and latents that were never tiled."""
+    decoded, right = [], AutoencoderKL.tiled_decode
+
+    def spy(self, z, **options):
+        decoded.append(tuple(z.shape))
+        return right(self, z, **options)
+
+    monkeypatch.setattr(AutoencoderKL, "tiled_decode", spy)
+    monkeypatch.setattr(AutoencoderKL, "_tiled_encode", lambda *_: pytest.fail("latents in tiles"))
+    results = [train(tiny.config(models["sd"], tmp_path / name, sample_every=2, steps=2, memory=memory))
+               for name, memory in (("a", "fast"), ("b", "low"))]
+    assert decoded == [(1, 4, 8, 8)] * (4 + 3)
+    for one, other in zip(*(result.samples for result in results)):
+        one, other = (np.asarray(Image.open(file), dtype=float) for file in (one, other))
+        assert one.shape == other.shape and 0 < np.abs(one - other).mean() < 40
+    trainer = Trainer(tiny.config(models["sd"], tmp_path / "c", memory="low"))
+    assert trainer.tiles and not trainer.components.vae.use_tiling
 
 
 def test_apply_to_gives_the_trainers_own_prediction(models, tmp_path):

@@ -26,6 +26,11 @@ class Choice:
         """How many no-grad predictions are one pass; None: all."""
         return self.estimate and self.estimate.at_once
 
+    @property
+    def tiles(self) -> bool:
+        """Whether previews are decoded in tiles."""
+        return self.estimate is not None and self.estimate.tiles
+
     def describe(self) -> str:
         """Lines for people."""
         shown = [self.estimate.describe()] if self.estimate else ["memory estimate: only of the lean UNet"]
@@ -49,7 +54,7 @@ def choose(configs: Configs, cfg, resolution: int, photos: int, teacher: Configs
 
 
 def fitting(found: list[Estimate], free: int, asked: bool) -> Choice:
-    """The first that fits `free` bytes of a card, or the last: each mode's estimate, then its split no-grad passes."""
+    """The first that fits `free` bytes of a card, or the last: each mode's estimate, then those of `split`."""
     found = [each for one in found for each in (one, *one.split)]
     need = [MARGIN * one.peak + ASSUMED["libraries' workspaces"] for one in found]
     index = next((i for i, size in enumerate(need) if size <= free), len(found) - 1)

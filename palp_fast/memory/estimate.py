@@ -42,13 +42,14 @@ class Phase:
 class Estimate:
     """Of one config in one memory mode: its phases in their order.
 
-    at_once: how many no-grad predictions are one pass, None: all of a model's; split: the same with fewer of them at
-    once, where that takes less.
+    at_once: how many no-grad predictions are one pass, None: all of a model's; tiles: whether previews are decoded in
+    tiles; split: the same in tiles and with fewer predictions at once, each where that takes less.
     """
 
     memory: str
     phases: tuple[Phase, ...]
     at_once: int | None = None
+    tiles: bool = False
     split: tuple[Estimate, ...] = ()
 
     @property
@@ -62,8 +63,9 @@ class Estimate:
 
     @property
     def label(self) -> str:
-        """The mode, and how far the no-grad pass is split."""
-        return self.memory if self.at_once is None else f"{self.memory}, {self.at_once} no-grad predictions at once"
+        """The mode, how far the no-grad pass is split, and whether previews are."""
+        split = "" if self.at_once is None else f", {self.at_once} no-grad predictions at once"
+        return self.memory + split + (", previews in tiles" if self.tiles else "")
 
     def describe(self) -> str:
         """Lines for people."""
@@ -138,20 +140,21 @@ class _Run:
         return fixed_prompts(self.cfg) * _tokens(parts) * 2 * widths * item
 
     def estimate(self) -> Estimate:
-        first, last = [self.caching(), self.loading()], [self.update()]
+        first = [self.caching(), self.loading()]
         if self.teacher is not None:
             first.append(self.loading_teacher())
+        previews = [(False, ())]
         if self.cfg.sample_every:
-            last.append(self.sampling())
-        (_, step), *others = self.steps()
-        whole = Estimate(self.cfg.memory, (*first, step, *last))
-        split, least = [], whole.peak
-        for at_once, step in others:
-            smaller = Estimate(self.cfg.memory, (*first, step, *last), at_once)
-            if smaller.peak < least:
-                split.append(smaller)
-                least = smaller.peak
-        return replace(whole, split=tuple(split))
+            previews = [(tiles, (self.sampling(tiles),)) for tiles in (False, True) if tiles or self.cfg.memory != "low"]
+        found, all_at_once = [], True
+        for at_once, step in self.steps():
+            for tiles, drawn in previews:
+                phases = (*first, step, self.update(), *drawn)
+                one = Estimate(self.cfg.memory, phases, None if all_at_once else at_once, tiles)
+                if not found or one.peak < found[-1].peak:
+                    found.append(one)
+            all_at_once = False
+        return replace(found[0], split=tuple(found[1:]))
 
     def caching(self) -> Phase:
         """A photo through the VAE; the UNet is not loaded yet."""
@@ -199,12 +202,12 @@ class _Run:
         parts = self.resident | self.trained | {"gradients": self.lora + self.rows}
         return Phase("in the update", parts | {"caches of photos and prompts": self.caches})
 
-    def sampling(self) -> Phase:
-        """A picture with guidance: both predictions in one pass, then the decoder."""
+    def sampling(self, tiles: bool) -> Phase:
+        """A picture with guidance: both predictions in one pass, then the decoder, perhaps in tiles."""
         ledger, sizes = Ledger(), self.sizes
         tape = Tape(ledger, sizes.itemsize, False, self.on_card)
         Pass(tape, self.parts.unet, 2, sizes.side, sizes.tokens, adapted=2, count=2, computed=2).run()
-        work = max(ledger.peak, inside.vae_decode(self.parts.vae, self.resolution))
+        work = max(ledger.peak, inside.vae_decode(self.parts.vae, self.resolution, tiles))
         parts = self.resident | {"text encoders": self.text, "VAE": self.vae} | self.trained
         parts |= {"caches of photos and prompts": self.caches, "a picture in the decoder": work}
         return Phase("sampling", parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from palp_fast.memory.tape import Buffer, Ledger, Tape, Value
+from palp_fast.models import tile_side
 
 _FP32 = 4
 
@@ -38,11 +39,22 @@ def vae_encode(vae: nn.Module, side: int) -> int:
     return tape.ledger.peak
 
 
-def vae_decode(vae: nn.Module, side: int) -> int:
-    """The most that a picture of side x side pixels takes on its way through the decoder."""
-    tape = _tape()
+def vae_decode(vae: nn.Module, side: int, tiles: bool = False) -> int:
+    """The most that a picture of side x side pixels takes on its way through the decoder, whole or in tiles."""
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    z = tape.make(1, (side // scale) ** 2, vae.config.latent_channels)
+    latents = side // scale
+    tile = tile_side(latents)
+    if not tiles or tile >= latents:
+        return _decode(vae, latents)
+    # All tiles are there before they are put together, in rows and then in one.
+    sides = [min(tile, latents - first) for first in range(0, latents, tile * 3 // 4)]
+    pixel = scale**2 * vae.config.out_channels * _FP32
+    return sum(sides) ** 2 * pixel + max(_decode(vae, tile), 2 * latents**2 * pixel)
+
+
+def _decode(vae: nn.Module, latents: int) -> int:
+    tape = _tape()
+    z = tape.make(1, latents**2, vae.config.latent_channels)
     sample = _middle(tape, _conv(tape, z, vae.decoder.conv_in), vae.decoder)
     for block in vae.decoder.up_blocks:
         sample = _block(tape, sample, block.resnets, [u.conv for u in block.upsamplers or ()], 4)
