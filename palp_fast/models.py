@@ -283,7 +283,7 @@ def load_components(
         place = dtype, form, unet_device or device
         components.unet = loading.unet_of_folder(source, *place) if unet is None else loading.placed(unet, *place)
     if dtype != torch.float32:
-        _join_precisions(components)
+        join_precisions(components)
     return components
 
 
@@ -323,7 +323,7 @@ def _parts_of_file(source, known):
     }
 
 
-def _join_precisions(components):
+def join_precisions(components):
     """Casts at the four places where 16-bit and fp32 parts meet, so that a stock pipeline runs on them unchanged."""
 
     def cast_input(module, args):

@@ -19,7 +19,9 @@ from palp_fast.run_folder import RunFolder
 @dataclass(frozen=True)
 class Plan:
     """A checked run: resolved config, picture side in pixels, pictures[subject] [photos, 3, H, W], prompts with ids,
-    the output folder, the checkpoint state to go on from, if any, and why a memory mode was chosen, if it was."""
+    the output folder, the checkpoint state to go on from, if any, and why a memory mode was chosen, if it was.
+
+    lean: as of the Trainer."""
 
     config: object
     resolution: int
@@ -29,6 +31,7 @@ class Plan:
     folder: RunFolder
     state: dict | None
     choice: Choice | None
+    lean: bool | None = None
 
     def describe_prompts(self) -> str:
         """One line per prompt: its name in PALP.md, its text, and its token ids (one list per text encoder)."""
@@ -38,13 +41,13 @@ class Plan:
 
     def estimate(self) -> Choice:
         """Memory mode and estimate, also of a mode that was asked for."""
-        return self.choice or _choice(self.config, self.resolution)
+        return self.choice or _choice(self.config, self.resolution, self.lean)
 
 
 def prepare(config, *, lean: bool | None = None) -> Plan:
     """Checks a TrainConfig and reads its photos and checkpoint. Raises ConfigError or DataError; writes nothing.
 
-    lean: as of the Trainer; memory "auto" is "fast" where it is False. On a CUDA device an estimate chooses the memory
+    lean: as of the Trainer. On a CUDA device an estimate chooses the memory
     mode, how far the no-grad pass is split and whether previews are decoded in tiles.
     """
     cfg = config.resolved()
@@ -65,19 +68,17 @@ def prepare(config, *, lean: bool | None = None) -> Plan:
     folder = RunFolder(cfg.output_dir, cfg.fingerprint())
     folder.check_writable()
     state, choice = folder.earlier_state(cfg.resume), None
-    if lean is False:
-        choice = Choice("fast" if cfg.memory == "auto" else cfg.memory, "by diffusers' own modules (lean=False)", None)
-    elif cfg.device != "cpu" and (cfg.memory == "auto" or cfg.sample_every or len(sizes_of_split(cfg)) > 1):
-        choice = _choice(cfg, resolution)
+    if cfg.device != "cpu" and (cfg.memory == "auto" or cfg.sample_every or len(sizes_of_split(cfg)) > 1):
+        choice = _choice(cfg, resolution, lean)
     if choice is not None:
         cfg = cfg.replace(memory=choice.memory)
-    return Plan(cfg, resolution, pictures, texts, token_ids, folder, state, choice)
+    return Plan(cfg, resolution, pictures, texts, token_ids, folder, state, choice, lean)
 
 
-def _choice(cfg, resolution: int) -> Choice:
+def _choice(cfg, resolution: int, lean: bool | None) -> Choice:
     photos = sum(len(subject.images) for subject in cfg.subjects)
     other = configs_of(models.facts(cfg.teacher)) if cfg.teacher is not None else None
-    return choose(configs_of(models.facts(cfg.model)), cfg, resolution, photos, other)
+    return choose(configs_of(models.facts(cfg.model)), cfg, resolution, photos, other, lean)
 
 
 def _resolution(cfg, facts):

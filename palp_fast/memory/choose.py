@@ -8,47 +8,46 @@ import torch
 
 from palp_fast.memory.estimate import ASSUMED, Estimate, assumed, estimates, gib
 from palp_fast.memory.models import Configs
-from palp_fast.nn.lean import MEMORY, UnsupportedUNet
+from palp_fast.nn.lean import MEMORY
 
 MARGIN = 1.1  # what estimates are right within
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A memory mode, why, and its estimate (None where the model has no lean UNet)."""
+    """A memory mode, why, and its estimate."""
 
     memory: str
     reason: str
-    estimate: Estimate | None
+    estimate: Estimate
 
     @property
     def at_once(self) -> int | None:
         """How many no-grad predictions are one pass; None: all."""
-        return self.estimate and self.estimate.at_once
+        return self.estimate.at_once
 
     @property
     def tiles(self) -> bool:
         """Whether previews are decoded in tiles."""
-        return self.estimate is not None and self.estimate.tiles
+        return self.estimate.tiles
 
     def describe(self) -> str:
         """Lines for people."""
-        shown = [self.estimate.describe()] if self.estimate else ["memory estimate: only of the lean UNet"]
-        return "\n".join([*shown, f"  memory = {self.memory!r}: {self.reason}"])
+        return f"{self.estimate.describe()}\n  memory = {self.memory!r}: {self.reason}"
 
 
-def choose(configs: Configs, cfg, resolution: int, photos: int, teacher: Configs | None = None) -> Choice:
+def choose(
+    configs: Configs, cfg, resolution: int, photos: int, teacher: Configs | None = None, lean: bool | None = None
+) -> Choice:
     """The mode of a resolved config: its own, or for "auto" the fastest that fits what its device has free.
 
-    teacher: of another model that is the teacher.
+    teacher: of another model that is the teacher; lean: as of the Trainer. Raises ConfigError for a mode that its
+    modules do not have.
     """
     asked = cfg.memory != "auto"
-    try:
-        found = estimates(configs, cfg, resolution, photos, [cfg.memory] if asked else MEMORY, teacher)
-    except UnsupportedUNet as error:
-        return Choice(cfg.memory if asked else "fast", str(error), None)
+    found = estimates(configs, cfg, resolution, photos, [cfg.memory] if asked else MEMORY, teacher, lean)
     if cfg.device == "cpu":
-        return Choice(found[0].memory, "as set; on a CPU 'auto' is 'fast'", found[0])
+        return Choice(found[0].memory, "as set; on a CPU 'auto' is 'fast'" + _by(found), found[0])
     free = torch.cuda.mem_get_info(cfg.device)[0]
     return fitting(found, free, asked)
 
@@ -60,5 +59,10 @@ def fitting(found: list[Estimate], free: int, asked: bool) -> Choice:
     index = next((i for i, size in enumerate(need) if size <= free), len(found) - 1)
     told = ", ".join(f"{one.label} needs {gib(size)}" for one, size in zip(found[: index + 1], need))
     fits = "fits" if need[index] <= free else "does not fit: lower base_dtype, batch_size, rank or resolution"
-    reason = f"{'as asked for; ' if asked else ''}{gib(free)} free, {told} with a tenth more: {fits}\n  {assumed()}"
+    reason = f"{'as asked for; ' if asked else ''}{gib(free)} free, {told} with a tenth more: {fits}{_by(found)}"
+    reason += f"\n  {assumed()}"
     return Choice(found[index].memory, reason, found[index])
+
+
+def _by(found: list[Estimate]) -> str:
+    return f"; {found[0].why}" if found[0].why else ""

@@ -43,7 +43,8 @@ class Estimate:
     """Of one config in one memory mode: its phases in their order.
 
     at_once: how many no-grad predictions are one pass, None: all of a model's; tiles: whether previews are decoded in
-    tiles; split: the same in tiles and with fewer predictions at once, each where that takes less.
+    tiles; split: the same in tiles and with fewer predictions at once, each where that takes less; why: the reason for
+    diffusers' own modules, where these run.
     """
 
     memory: str
@@ -51,6 +52,7 @@ class Estimate:
     at_once: int | None = None
     tiles: bool = False
     split: tuple[Estimate, ...] = ()
+    why: str = ""
 
     @property
     def worst(self) -> Phase:
@@ -86,16 +88,24 @@ def assumed() -> str:
 
 
 def estimates(
-    configs: Configs, cfg, resolution: int, photos: int, modes: Iterable[str] = MEMORY, teacher: Configs | None = None
+    configs: Configs, cfg, resolution: int, photos: int, modes: Iterable[str] = MEMORY, teacher: Configs | None = None,
+    lean: bool | None = None,
 ) -> list[Estimate]:
-    """One for each memory mode of a resolved config. Raises UnsupportedUNet.
+    """One for each memory mode of a resolved config that its modules have. Raises ConfigError where they have none.
 
-    photos: how many are cached; teacher: of another model that is the teacher.
+    photos: how many are cached; teacher: of another model that is the teacher; lean: as of the Trainer.
     """
-    parts, other = parts_of(configs, cfg), None
-    if teacher is not None and methods.split(cfg)[1]:
-        other = parts_of(teacher, cfg, teacher=True)
-    return [_Run(parts, cfg.replace(memory=mode), resolution, photos, other).estimate() for mode in modes]
+    found, both = [], []
+    if methods.split(cfg)[1] == []:
+        teacher = None
+    for mode in modes:
+        own, stock = cfg.replace(memory=mode), any(parts and parts.stock for parts in both)
+        if found and stock and mode == "balanced":
+            continue
+        if stock or not both:  # diffusers' own modules are made for their mode
+            both = [parts_of(configs, own, lean=lean), teacher and parts_of(teacher, own, teacher=True, lean=lean)]
+        found.append(_Run(both[0], own, resolution, photos, both[1]).estimate())
+    return found
 
 
 class _Run:
@@ -103,7 +113,7 @@ class _Run:
 
     def __init__(self, parts: Parts, cfg, resolution: int, photos: int, teacher: Parts | None):
         for one in (parts, teacher):
-            if one is not None:
+            if one is not None and one.stock is None:
                 set_memory(one.unet, cfg.memory)
         self.parts, self.cfg, self.resolution, self.teacher = parts, cfg, resolution, teacher
         self.on_card = cfg.device != "cpu"
@@ -154,7 +164,7 @@ class _Run:
                 if not found or one.peak < found[-1].peak:
                     found.append(one)
             all_at_once = False
-        return replace(found[0], split=tuple(found[1:]))
+        return replace(found[0], split=tuple(found[1:]), why=self.parts.why)
 
     def caching(self) -> Phase:
         """A photo through the VAE; the UNet is not loaded yet."""
@@ -183,7 +193,7 @@ class _Run:
         saved = sum(inside.text_saved(e, *text) for e in self.parts.encoders) if cfg.learn_token else 0
         back = max(inside.text_backward(e, *text) for e in self.parts.encoders) if cfg.learn_token else 0
         grown = cfg.grad_accumulation == 1
-        found = step(self.parts.unet, cfg, sizes, saved, back, grown, self.teacher and self._other())
+        found = step(self.parts.stock or self.parts.unet, cfg, sizes, saved, back, grown, self.teacher and self._other())
         parts = self.resident | self.trained | {"gradients": 0 if grown else self.lora + self.rows,
                                                 "caches of photos and prompts": self.caches}
         phases = []
@@ -195,19 +205,26 @@ class _Run:
         return phases
 
     def _other(self) -> Other:
-        return Other(self.teacher.unet, _tokens(self.teacher), self.their_item, self.waits)
+        return Other(self.teacher.stock or self.teacher.unet, _tokens(self.teacher), self.their_item, self.waits)
 
     def update(self) -> Phase:
         """The optimizer's step, which makes nothing large."""
         parts = self.resident | self.trained | {"gradients": self.lora + self.rows}
         return Phase("in the update", parts | {"caches of photos and prompts": self.caches})
 
-    def sampling(self, tiles: bool) -> Phase:
-        """A picture with guidance: both predictions in one pass, then the decoder, perhaps in tiles."""
+    def _guided(self) -> int:
+        """The most in the UNet's pass for a picture, with and without the prompt."""
         ledger, sizes = Ledger(), self.sizes
+        if self.parts.stock is not None:
+            two = [methods.Pass(name, name, methods.STUDENT) for name in ("clean", "empty")]
+            return self.parts.stock.without_grad(replace(sizes, batch=1), two)
         tape = Tape(ledger, sizes.itemsize, False, self.on_card)
         Pass(tape, self.parts.unet, 2, sizes.side, sizes.tokens, adapted=2, count=2, computed=2).run()
-        work = max(ledger.peak, inside.vae_decode(self.parts.vae, self.resolution, tiles))
+        return ledger.peak
+
+    def sampling(self, tiles: bool) -> Phase:
+        """A picture with guidance: both predictions in one pass, then the decoder, perhaps in tiles."""
+        work = max(self._guided(), inside.vae_decode(self.parts.vae, self.resolution, tiles))
         parts = self.resident | {"text encoders": self.text, "VAE": self.vae} | self.trained
         parts |= {"caches of photos and prompts": self.caches, "a picture in the decoder": work}
         return Phase("sampling", parts)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from palp_fast.memory.stock import StockUNet
 from palp_fast.nn.frozen import quantise_layers
-from palp_fast.nn.lean import QUANTISED, lean_unet
+from palp_fast.nn.lean import QUANTISED, UnsupportedUNet, check, lean_unet
 from palp_fast.reference.dtypes import BASE_DTYPES
 from palp_fast.reference.quantised import FORMATS
 from palp_fast.resolve import base_dtype, compute_dtype
@@ -65,15 +66,23 @@ def configs_of(facts) -> Configs:
 
 @dataclass(frozen=True)
 class Parts:
-    """Modules on the meta device: the lean UNet with LoRA, text encoders, VAE."""
+    """Modules on the meta device: the UNet with LoRA, text encoders, VAE.
+
+    stock: the UNet where it runs by diffusers' own modules, None: it is lean; why: the reason for that.
+    """
 
     unet: nn.Module
     encoders: list[nn.Module]
     vae: nn.Module
+    stock: StockUNet | None = None
+    why: str = ""
 
 
-def parts_of(configs: Configs, cfg, teacher: bool = False) -> Parts:
-    """As the Trainer of a resolved config would load them; teacher: as another teacher. Raises UnsupportedUNet."""
+def parts_of(configs: Configs, cfg, teacher: bool = False, lean: bool | None = None) -> Parts:
+    """As the Trainer of a resolved config would load them; teacher: as another teacher; lean: as of the Trainer.
+
+    Raises ConfigError for what diffusers' own modules cannot do, where they run.
+    """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -83,15 +92,32 @@ def parts_of(configs: Configs, cfg, teacher: bool = False) -> Parts:
     kinds = (CLIPTextModel, CLIPTextModelWithProjection)
     with torch.device("meta"):
         with _default(BASE_DTYPES[compute_dtype(cfg, teacher)]):
-            unet = UNet2DConditionModel.from_config(configs.unet).eval()
+            unet = UNet2DConditionModel.from_config(configs.unet).eval().requires_grad_(False)
             encoders = [kind(CLIPTextConfig(**text)) for kind, text in zip(kinds, configs.text)]
         vae = AutoencoderKL.from_config(configs.vae).requires_grad_(False)
-        lean_unet(unet, rank=cfg.rank, lora_targets=targets, base_dtype=form)
+        stock, why = None, _obstacle(unet, lean)
+        if not why:
+            lean_unet(unet, rank=cfg.rank, lora_targets=targets, base_dtype=form)
         for encoder in encoders:
             encoder.requires_grad_(False)
             if form is not None:
                 quantise_layers(encoder, form, QUANTISED)
-    return Parts(unet, encoders, vae)
+    if why:
+        stock = StockUNet(unet, cfg.replace(lora_targets=targets, base_dtype=base_dtype(cfg, teacher)))
+    return Parts(unet, encoders, vae, stock, why)
+
+
+def _obstacle(unet: nn.Module, lean: bool | None) -> str:
+    """Why a UNet does not become a lean one; "" where it does."""
+    if lean is False:
+        return "by diffusers' own modules (lean=False)"
+    try:
+        check(unet)
+    except UnsupportedUNet as error:
+        if lean:
+            raise
+        return f"by diffusers' own modules ({error})"
+    return ""
 
 
 @contextlib.contextmanager

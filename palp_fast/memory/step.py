@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from palp_fast import methods
+from palp_fast.memory.stock import StockUNet
 from palp_fast.memory.tape import Buffer, Ledger, Tape
 from palp_fast.memory.unet import Pass
 
@@ -45,24 +46,22 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Other:
-    """Another model as the teacher: its lean UNet, tokens of its prompts, bytes of a number; waits: it is offloaded."""
+    """Another model as the teacher: its UNet, tokens of its prompts, bytes of a number; waits: it is offloaded."""
 
-    unet: nn.Module
+    unet: nn.Module | StockUNet
     tokens: int
     itemsize: int
     waits: bool = False
 
 
 def step(
-    unet: nn.Module, cfg, sizes: Sizes, text_saved: int, text_backward: int, grown: bool, teacher: Other | None = None
+    unet: nn.Module | StockUNet, cfg, sizes: Sizes, text_saved: int, text_backward: int, grown: bool,
+    teacher: Other | None = None,
 ) -> Step:
-    """Of a lean UNet in its memory mode; grown: LoRA gradients grow during the backward pass, else they are there."""
+    """Of a UNet in its memory mode; grown: LoRA gradients grow during the backward pass, else they are there."""
     ledger = Ledger()
     text = Buffer(ledger, text_saved)
-    tape = Tape(ledger, sizes.itemsize, True, sizes.on_card)
-    prediction = Pass(
-        tape, unet, sizes.batch, sizes.side, sizes.tokens, adapted=sizes.batch, count=sizes.batch,
-        computed=sizes.subjects, prompt_grad=cfg.learn_token).run()
+    graph = (_Counted if isinstance(unet, StockUNet) else _Taped)(ledger, unet, cfg, sizes, grown)
     forward, saved = ledger.peak, ledger.alive
     own, other = methods.split(cfg)
     models = [(unet, sizes, own, False)]
@@ -75,15 +74,42 @@ def step(
             _without_grad(ledger, cfg, unet, sizes, passes, group, waits)
             for unet, sizes, passes, waits in models for group in _groups(passes, at_once))
     ledger.mark()
-    if not grown:
-        tape.leaf_gradients = _Dropped()
-    tape.backward(prediction)
+    graph.backward()
     backward = ledger.peak
     ledger.mark()
     Buffer(ledger, text_backward)
     backward = max(backward, ledger.peak)
     del text
     return Step(saved, forward, split, backward)
+
+
+class _Taped:
+    """The prediction of a lean UNet with its graph, in the ledger; `backward` frees what it keeps."""
+
+    def __init__(self, ledger: Ledger, unet: nn.Module, cfg, sizes: Sizes, grown: bool):
+        self.tape = Tape(ledger, sizes.itemsize, True, sizes.on_card)
+        self.prediction = Pass(
+            self.tape, unet, sizes.batch, sizes.side, sizes.tokens, adapted=sizes.batch, count=sizes.batch,
+            computed=sizes.subjects, prompt_grad=cfg.learn_token).run()
+        if not grown:
+            self.tape.leaf_gradients = _Dropped()
+
+    def backward(self) -> None:
+        prediction, self.prediction = self.prediction, None
+        self.tape.backward(prediction)
+
+
+class _Counted:
+    """The same of diffusers' own modules."""
+
+    def __init__(self, ledger: Ledger, unet: StockUNet, cfg, sizes: Sizes, grown: bool):
+        forward, saved, self.most = unet.graph(sizes, cfg.learn_token, grown)
+        Buffer(ledger, forward)
+        self.ledger, self.saved = ledger, Buffer(ledger, saved)
+
+    def backward(self) -> None:
+        Buffer(self.ledger, self.most - self.saved.nbytes)
+        self.saved = None
 
 
 class _Dropped:
@@ -107,10 +133,12 @@ def _groups(passes: list[methods.Pass], at_once: int) -> list[list[methods.Pass]
 
 
 def _without_grad(
-    ledger: Ledger, cfg, unet: nn.Module, sizes: Sizes, passes: list[methods.Pass], group: list[methods.Pass],
-    waits: bool,
+    ledger: Ledger, cfg, unet: nn.Module | StockUNet, sizes: Sizes, passes: list[methods.Pass],
+    group: list[methods.Pass], waits: bool,
 ) -> int:
     """The most bytes alive in one no-grad pass, the `group` of a model's `passes`."""
+    if isinstance(unet, StockUNet):
+        return ledger.alive + unet.without_grad(sizes, passes)
     ledger.mark()
     fixed = fixed_prompts(cfg) if any(one.lora_scale == methods.TEACHER for one in passes) else 0
     factors = {one.lora_scale for one in group}
