@@ -82,7 +82,8 @@ def warning(cfg) -> str | None:
 
 
 def _slow(dtypes: list[str]) -> str:
-    return f"torch has no fast products in {' and '.join(dtypes)} for this CPU; those in fp32 take a small part of the time"
+    named = " and ".join(dtypes)
+    return f"torch has no fast products in {named} for this CPU; those in fp32 take a small part of the time"
 
 
 def cpu_name() -> str:

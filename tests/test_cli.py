@@ -256,9 +256,11 @@ def test_products_that_are_slow_on_the_cpu_are_told(model, photos, tmp_path, mon
             assert doctor.warning(cfg.replace(device="cuda")) is None
     monkeypatch.setattr(doctor, "fast_on_cpu", ("fp32",).__contains__)
     result = run("train", f"--model={model}", f"--images={photos}", "--class-noun=owl", "--prompt=a sketch of [V]",
-                 f"--output-dir={tmp_path / 'out'}", "--steps=1", "--rank=2", "--grad-accumulation=1", "--base-dtype=fp16")
+                 f"--output-dir={tmp_path / 'out'}", "--steps=1", "--rank=2", "--grad-accumulation=1",
+                 "--base-dtype=fp16")
     assert result.exit_code == 0, result.output
-    assert [line for line in result.output.splitlines() if line.startswith("warning: torch has no fast products in fp16")]
+    told = [line for line in result.output.splitlines() if line.startswith("warning: torch has no fast products")]
+    assert len(told) == 1 and "in fp16 for" in told[0]
 
 
 def test_presets_can_be_pasted_into_a_config_file(required, tmp_path, trained):

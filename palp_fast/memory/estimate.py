@@ -155,7 +155,8 @@ class _Run:
             first.append(self.loading_teacher())
         previews = [(False, ())]
         if self.cfg.sample_every:
-            previews = [(tiles, (self.sampling(tiles),)) for tiles in (False, True) if tiles or self.cfg.memory != "low"]
+            ways = (True,) if self.cfg.memory == "low" else (False, True)
+            previews = [(tiles, (self.sampling(tiles),)) for tiles in ways]
         found, all_at_once = [], True
         for at_once, step in self.steps():
             for tiles, drawn in previews:
@@ -174,7 +175,8 @@ class _Run:
     def loading(self) -> Phase:
         """The largest layer beside all others: as it was, and the fp32 numbers of quantising it."""
         weights = {"UNet": self.unet, "text encoders": self.text}
-        made = {"a layer, quantised": _quantised_layer([self.parts.unet, *self.parts.encoders], self.sizes.itemsize)}
+        largest = _quantised_layer([self.parts.unet, *self.parts.encoders], self.sizes.itemsize)
+        made = {"a layer, quantised": largest}
         return Phase("loading", weights | ({} if self.on_card else {"VAE": self.vae}) | made)
 
     def loading_teacher(self) -> Phase:
@@ -193,7 +195,8 @@ class _Run:
         saved = sum(inside.text_saved(e, *text) for e in self.parts.encoders) if cfg.learn_token else 0
         back = max(inside.text_backward(e, *text) for e in self.parts.encoders) if cfg.learn_token else 0
         grown = cfg.grad_accumulation == 1
-        found = step(self.parts.stock or self.parts.unet, cfg, sizes, saved, back, grown, self.teacher and self._other())
+        unet, other = self.parts.stock or self.parts.unet, self.teacher and self._other()
+        found = step(unet, cfg, sizes, saved, back, grown, other)
         parts = self.resident | self.trained | {"gradients": 0 if grown else self.lora + self.rows,
                                                 "caches of photos and prompts": self.caches}
         phases = []
