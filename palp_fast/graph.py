@@ -4,8 +4,7 @@ A part is a function without arguments whose operators are the same at every cal
 memory that stays in place (batches.Draws, batches.Sums, the optimizers' rates), and nothing in it waits for the device.
 Eager calls of a part are training as much as replays are; a capture runs nothing, the replay after it does.
 
-A model that cannot be captured says why as `graph_obstacle` (palp_fast/predict.py). So would an offloaded teacher,
-whose weights move between steps; no version has one.
+A model that cannot be captured says why as `graph_obstacle` (palp_fast/predict.py, palp_fast/teacher.py).
 """
 
 from __future__ import annotations

@@ -99,6 +99,7 @@ def load(
         predictions = predict.adapted(components, _settings(cfg), None, lean, at_once)
     if offloaded:
         offload.send_away(components.unet, torch.device(cfg.device))
+        predictions.graph_obstacle = "the teacher's weights move between steps"
     predictions.fix(fixed, passes)
     return Teacher(components, predictions, student, passes, offloaded)
 
