@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 
 from palp_fast.zoo.muon import Pair
 from palp_fast.zoo.render import Scene, compose
-from palp_fast.zoo.training import Log, learning_rate, load, save
+from palp_fast.zoo.training import Log, learning_rate, load, mixed, save
 from palp_fast.zoo.world import BACKGROUNDS, STYLES, World
 
 STEPS, BATCH, PEAK_LR, KL_WEIGHT = 1500, 8, 3e-3, 1e-4
@@ -77,7 +77,7 @@ def train(cache: Path, world: World, sprites: np.ndarray, log: Log, steps: int =
 
 
 def _loss(model: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    with torch.autocast("cpu", torch.bfloat16):
+    with mixed():
         posterior = model.encode(pixels).latent_dist
         decoded = model.decode(posterior.sample()).sample
     difference = decoded.float() - pixels

@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from palp_fast.zoo.training import Log, learning_rate, load, save
+from palp_fast.zoo.training import Log, learning_rate, load, mixed, save
 
 STEPS, BATCH, PEAK_LR, WARMUP, DECAY_SHARE, EMA = 25100, 32, 6e-4, 200, 0.5, 0.998
 
@@ -61,7 +61,7 @@ def train(
         draw = torch.Generator().manual_seed(step)
         chosen = torch.randint(len(ids), (BATCH,), generator=draw)
         clean = torch.from_numpy(latents[chosen.numpy()]).float() * scaling
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), mixed():
             hidden = text_encoder(ids[chosen]).last_hidden_state
         loss = _loss(unet, clean, hidden, alphas, draw)
         optimizer.zero_grad()
@@ -98,6 +98,6 @@ def _loss(
     signal = alphas[timestep].sqrt().view(-1, 1, 1, 1)
     sigma = (1 - alphas[timestep]).sqrt().view(-1, 1, 1, 1)
     noisy = (signal * clean + sigma * noise).contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16):
+    with mixed():
         predicted = unet(noisy, timestep, hidden).sample
     return F.mse_loss(predicted.float(), signal * noise - sigma * clean)

@@ -15,7 +15,7 @@ from palp_fast.zoo.judge import JUDGES, save
 from palp_fast.zoo.judge_nets import JudgeNet, Words, halves
 from palp_fast.zoo.muon import Pair
 from palp_fast.zoo.render import Scene, compose
-from palp_fast.zoo.training import Log, learning_rate, load
+from palp_fast.zoo.training import Log, learning_rate, load, mixed
 from palp_fast.zoo.training import save as save_checkpoint
 from palp_fast.zoo.world import BACKGROUNDS, STYLES, TARGETS, World, grounds
 
@@ -120,7 +120,7 @@ def round_trips(path: Path, sprites: np.ndarray, scenes: Sequence[Scene], noise:
     for start in range(0, len(scenes), 16):
         pictures = to_pixels(np.stack([compose(sprites, scene) for scene in scenes[start:start + 16]]))
         generator = torch.Generator().manual_seed(start)
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed():
             latents = vae.encode(pictures).latent_dist.mode().float()
             share = deviation * torch.rand(len(latents), 1, 1, 1, generator=generator)
             decoded = vae.decode(latents + share * torch.randn(latents.shape, generator=generator)).sample
@@ -163,7 +163,7 @@ def _blur(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 def losses(net: JudgeNet, pixels: Tensor, labels: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
     """Cross-entropies of the read-outs, and the symmetric contrastive loss between pictures and captions."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with mixed():
         seen, told = net(pixels), net.embed_text(ids)
     found = {name: F.cross_entropy(seen[name].float().flatten(1), label) for name, label in labels.items()}
     similar = seen["embedding"] @ told.T * net.log_temperature.clamp(max=4.6).exp()

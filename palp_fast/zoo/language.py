@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from palp_fast.zoo.muon import Pair
-from palp_fast.zoo.training import Log, learning_rate, load, save
+from palp_fast.zoo.training import Log, learning_rate, load, mixed, save
 
 STEPS, BATCH, PEAK_LR, WIDTH = 4000, 64, 2e-3, 192
 ACROSS = 8  # the UNet reads its caption on an 8 x 8 grid
@@ -60,7 +60,7 @@ def train(
     for step in range(steps):
         chosen = torch.from_numpy(np.random.default_rng(step).choice(len(ids), batch, replace=False))
         latents = portraits[chosen].float()
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed():
             hidden = encoder(ids[chosen]).last_hidden_state
             wholes, parts = readouts[0](hidden[:, :-PARTS]), readouts[1](hidden[:, -PARTS:])
         whole_loss = (wholes.float() - F.avg_pool2d(latents, 2).flatten(1)[:, None]).square().mean()

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL
 
 from palp_fast.zoo.autoencoder import to_pixels
 from palp_fast.zoo.render import Portraits, training_scene
+from palp_fast.zoo.training import mixed
 from palp_fast.zoo.world import World
 
 PORTRAITS = 50_000  # of the first captions
@@ -37,7 +38,7 @@ def _cache(path: Path, autoencoder: AutoencoderKL, count: int, pictures: Callabl
         return
     latents = np.empty((count, 8, 16, 16), np.float16)
     for start in range(0, count, 64):
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed():
             posterior = autoencoder.encode(to_pixels(pictures(slice(start, start + 64)))).latent_dist
         latents[start:start + 64] = posterior.mode().float().numpy()
     np.save(path, latents)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from palp_fast.zoo.training import product_dtype
+
 
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised by a Newton-Schulz iteration; weights [out, ...] count as [out, fan_in] matrices.
@@ -26,7 +28,7 @@ class Muon(torch.optim.Optimizer):
             blended = torch._foreach_lerp(gradients, momenta, group["momentum"])
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             for places in _by_shape(blended):
-                update = orthogonalise(torch.stack([blended[place].flatten(1) for place in places]).bfloat16())
+                update = orthogonalise(torch.stack([blended[place].flatten(1) for place in places]).to(product_dtype()))
                 rate = -group["lr"] * 0.2 * max(update.shape[1:]) ** 0.5
                 for place, part in zip(places, update.float().mul_(rate), strict=True):
                     weights[place].add_(part.view(weights[place].shape))

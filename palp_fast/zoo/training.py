@@ -7,6 +7,18 @@ from pathlib import Path
 
 import torch
 
+from palp_fast.doctor import fast_on_cpu
+
+
+def product_dtype() -> torch.dtype:
+    """bf16 where torch has fast products in it for this CPU, elsewhere fp32: bf16 takes hundreds of times as long there."""
+    return torch.bfloat16 if fast_on_cpu("bf16") else torch.float32
+
+
+def mixed() -> torch.autocast:
+    """Products in product_dtype()."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=product_dtype() == torch.bfloat16)
+
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, decay_share: float) -> float:
     """Linear warm-up to `peak`, a plateau, and a linear decay to zero over the last `decay_share` of the steps."""
