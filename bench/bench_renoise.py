@@ -10,7 +10,8 @@ from bench.layers import LATENTS
 from palp_fast import functional
 
 # What is done: (copies, whether to another timestep).
-KINDS = {"": (4, False), ", other timestep": (4, True), ", one copy": (1, False), ", one copy, other timestep": (1, True)}
+KINDS = {
+    "": (4, False), ", other timestep": (4, True), ", one copy": (1, False), ", one copy, other timestep": (1, True)}
 SHAPES = {name + kind: sizes + options for kind, options in KINDS.items() for name, sizes in LATENTS.items()}
 
 
