@@ -21,7 +21,8 @@ class Plan:
     """A checked run: resolved config, picture side in pixels, pictures[subject] [photos, 3, H, W], prompts with ids,
     the output folder, the checkpoint state to go on from, if any, and why a memory mode was chosen, if it was.
 
-    lean: as of the Trainer."""
+    lean: as of the Trainer.
+    """
 
     config: object
     resolution: int
@@ -47,8 +48,8 @@ class Plan:
 def prepare(config, *, lean: bool | None = None) -> Plan:
     """Checks a TrainConfig and reads its photos and checkpoint. Raises ConfigError or DataError; writes nothing.
 
-    lean: as of the Trainer. On a CUDA device an estimate chooses the memory
-    mode, how far the no-grad pass is split and whether previews are decoded in tiles.
+    lean: as of the Trainer. On a CUDA device an estimate chooses the memory mode, how far the no-grad pass is split and
+    whether previews are decoded in tiles.
     """
     cfg = config.resolved()
     facts = models.facts(cfg.model)

@@ -1,55 +1,24 @@
 """Bytes of all storages alive while a training step runs, and the most there were: exact, of fake tensors too."""
 
 import math
-import weakref
 from types import SimpleNamespace
 
 import ledger
 import torch
 from diffusers import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from palp_fast import methods, predict
 from palp_fast.conditioning import Condition
+from palp_fast.memory import stock
 from palp_fast.nn import frozen, lean
 
 
-class Alive(TorchDispatchMode):
-    """Counts storages from the operator that makes them until they are freed; `known` ones are not counted.
-
-    Inside an operator it sees the dequantised weight alone, as the kernels of a card have it.
-    """
+class Alive(stock.Alive):
+    """Inside an operator it sees the dequantised weight alone, as the kernels of a card have it."""
 
     def __init__(self, known=()):
-        super().__init__()
-        self.alive = self.peak = 0
-        self._refs = {}
-        for tensor in known:
-            self._refs[tensor.untyped_storage()._cdata] = None
-
-    def mark(self):
-        self.peak = self.alive
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        results = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(results):
-            if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage())
-        self.peak = max(self.peak, self.alive + _dequantised(func, args))
-        return results
-
-    def _add(self, storage):
-        key = storage._cdata
-        if key not in self._refs:
-            nbytes = storage.nbytes()
-            self.alive += nbytes
-            self._refs[key] = weakref.ref(storage, lambda _: self._free(key, nbytes))
-
-    def _free(self, key, nbytes):
-        del self._refs[key]
-        self.alive -= nbytes
+        super().__init__(known, _dequantised)
 
 
 def _dequantised(func, args):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -60,10 +61,10 @@ class StockUNet:
             if part is not None:
                 part.requires_grad_(learned)
         x, t, index = self._sample(sizes), self._timesteps(sizes), [i % sizes.subjects for i in range(sizes.batch)]
-        with _as_on_a_device(), _Alive(self._known(), sizes.on_card) as alive:
+        with _as_on_a_device(), Alive(self._known(), partial(_inside_lora, sizes.on_card)) as alive:
             made = self.predictions.with_graph(x, t, prompts, index)
             forward, saved = alive.peak, alive.alive
-            alive.peak = alive.alive
+            alive.mark()
             made.backward(torch.empty_like(made))
             backward = alive.peak
         for factor in self.trained:
@@ -82,7 +83,7 @@ class StockUNet:
         self.predictions.fix({one.prompt: self._prompts(1, sizes.tokens) for one in passes}, passes)
         subject, index = self._prompts(1, sizes.tokens), [0] * sizes.batch
         x, t = self._sample(sizes), self._timesteps(sizes)
-        with _as_on_a_device(), _Alive(self._known(), sizes.on_card) as alive:
+        with _as_on_a_device(), Alive(self._known(), partial(_inside_lora, sizes.on_card)) as alive:
             self.predictions.without_graph(x, t, subject, index, passes)
             return alive.peak
 
@@ -105,14 +106,20 @@ class StockUNet:
         return Condition(hidden, pooled)
 
 
-class _Alive(TorchDispatchMode):
-    """Bytes of storages from the operator that makes them until they are freed, but for those of `known` tensors."""
+class Alive(TorchDispatchMode):
+    """Bytes of storages from the operator that makes them until they are freed, but for those of `known` tensors.
 
-    def __init__(self, known: Iterable[Tensor], on_card: bool):
+    alive: now; peak: the most since `mark`. inside(func, args): bytes that an operator takes for itself while it runs.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = (), inside: Callable[..., int] = lambda func, args: 0):
         super().__init__()
         self.alive = self.peak = 0
-        self.on_card = on_card
+        self._inside = inside
         self._refs = {tensor.untyped_storage()._cdata: None for tensor in known}
+
+    def mark(self) -> None:
+        self.peak = self.alive
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         results = func(*args, **(kwargs or {}))
@@ -137,14 +144,15 @@ class _Alive(TorchDispatchMode):
         self._refs.pop(key, None)
         self.alive -= nbytes
 
-    def _inside(self, func, args) -> int:
-        """What LoRA takes for itself."""
-        if func.namespace != "palp_fast" or "lora_linear" not in func._schema.name:
-            return 0
-        x, weight = args[1 if func._schema.name.endswith("_bwd") else 0], args[1]
-        way = "back" if func._schema.name.endswith("_bwd") else "scratch"
-        numbers = x.numel() // x.shape[-1] * weight.shape[0]
-        return inner("lora_linear", numbers, x.dtype.itemsize, self.on_card)[way]
+
+def _inside_lora(on_card: bool, func, args) -> int:
+    """What LoRA takes for itself."""
+    if func.namespace != "palp_fast" or "lora_linear" not in func._schema.name:
+        return 0
+    is_backward = func._schema.name.endswith("_bwd")
+    x, weight = args[1 if is_backward else 0], args[1]
+    numbers = x.numel() // x.shape[-1] * weight.shape[0]
+    return inner("lora_linear", numbers, x.dtype.itemsize, on_card)["back" if is_backward else "scratch"]
 
 
 @contextlib.contextmanager
