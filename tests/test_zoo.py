@@ -256,19 +256,6 @@ def test_portraits_show_subjects_at_one_place_whatever_the_scene_draws(sprites):
     assert np.abs(one[0, 0].astype(int) - COLOURS["blue"]).max() <= 6
 
 
-def test_text_encoder_learns_what_captions_look_like(tmp_path, scenes, sprites):
-    captions = [scene.caption for scene in scenes[:200]]
-    words = tokenizer.learn(captions, tmp_path)
-    ids = tokenizer.ids_of(words, captions)
-    portraits = Portraits(sprites)
-    pictures = to_pixels(np.stack([portraits.draw(scene) for scene in scenes[:200]]))
-    encoder, losses = language.build_text_encoder(words), []
-    language.train(encoder, ids, torch.nn.functional.avg_pool2d(pictures, 4), lambda step, **loss: losses.append(loss),
-                   steps=200, batch=4)
-    for name in ("whole_loss", "part_loss"):
-        assert losses[-1][name] < 0.7 * losses[0][name]
-
-
 def test_parts_of_latents_are_their_cells_row_by_row():
     latents = torch.zeros(1, 8, 16, 16)
     latents[0, :, 2:4, 10:12] = torch.arange(1.0, 33).view(8, 2, 2)

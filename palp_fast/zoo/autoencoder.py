@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 
 from palp_fast.zoo.muon import Pair
 from palp_fast.zoo.render import Scene, compose
-from palp_fast.zoo.training import Log, learning_rate, load, mixed, save
+from palp_fast.zoo.training import Log, device, learning_rate, load, mixed, save
 from palp_fast.zoo.world import BACKGROUNDS, STYLES, World
 
 STEPS, BATCH, PEAK_LR, KL_WEIGHT = 1500, 8, 3e-3, 1e-4
@@ -50,7 +50,7 @@ def squared_error(model: AutoencoderKL, pixels: torch.Tensor) -> float:
 def train(cache: Path, world: World, sprites: np.ndarray, log: Log, steps: int = STEPS) -> AutoencoderKL:
     """Train, or go on from the last checkpoint in `cache`; returns the trained autoencoder (fp32)."""
     torch.manual_seed(0)
-    model = build_model().to(memory_format=torch.channels_last)
+    model = build_model().to(device(), memory_format=torch.channels_last)
     optimizer = Pair(model, excluded=("conv_in", "decoder.conv_out"))
     start, path = 0, cache / "autoencoder.pt"
     if saved := load(path):
@@ -59,11 +59,11 @@ def train(cache: Path, world: World, sprites: np.ndarray, log: Log, steps: int =
             optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
     pictures = np.load(cache / "pictures.npy", mmap_mode="r")
-    test = held_out_pictures(world, sprites)
+    test = held_out_pictures(world, sprites).to(device())
     for step in range(start, steps):
         torch.manual_seed(step)
         chosen = np.sort(np.random.default_rng(step).choice(len(pictures), BATCH, replace=False))
-        loss, error = _loss(model, to_pixels(pictures[chosen]))
+        loss, error = _loss(model, to_pixels(pictures[chosen]).to(device()))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

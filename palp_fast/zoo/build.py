@@ -1,7 +1,7 @@
 """Make emoji-64 from its sources: `python -m palp_fast.zoo.build --cache DIR`; run it again to go on after a stop.
 
-Stages: fetch (npm), sprites, pictures, autoencoder, tokenizer, latents, language, diffusion, assembly, check. Every
-random draw is seeded by its step, so that a resumed build draws what an uninterrupted one would.
+Stages: fetch (npm), sprites, pictures, invented subjects, autoencoder, tokenizer, latents, language, diffusion, assembly,
+check. Every random draw is seeded by its step, so that a resumed build draws what an uninterrupted one would.
 """
 
 import argparse
@@ -12,8 +12,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from transformers import CLIPTokenizer
 
-from palp_fast.zoo import autoencoder, check, diffusion, language, latents, pictures, sources, sprites, tokenizer, world
+from palp_fast.zoo import (
+    autoencoder,
+    check,
+    diffusion,
+    invented,
+    language,
+    latents,
+    pictures,
+    sources,
+    sprites,
+    tokenizer,
+    world,
+)
+from palp_fast.zoo.coder import Captions, Coder, Mixture, mark_ids, small_renders
 from palp_fast.zoo.render import Scene, compose
 from palp_fast.zoo.training import Log, save
 
@@ -30,6 +44,15 @@ def load_sprites(cache: Path) -> np.ndarray:
     return np.load(path)
 
 
+def world_of(cache: Path) -> tuple[world.World, np.ndarray]:
+    """The world and its sprites, from the sprites in `cache` or, the first time, from the sources, which are fetched."""
+    if (cache / "sprites.npy").exists():
+        return world.World.load(), load_sprites(cache)
+    sources.fetch(cache)
+    drawings = load_sprites(cache)
+    return make_world(cache, drawings), drawings
+
+
 def make_world(cache: Path, drawings: np.ndarray) -> world.World:
     """The joined and split list; raises RuntimeError when it differs from the committed one."""
     subjects = world.join(cache)
@@ -43,6 +66,28 @@ def make_world(cache: Path, drawings: np.ndarray) -> world.World:
     return made
 
 
+def mixtures(
+    cache: Path, made: world.World, drawings: np.ndarray, words: CLIPTokenizer, captions: list[str], scaling: float
+) -> dict[str, Mixture]:
+    """What the text encoder learns from ("portraits") and what the UNet does ("pictures"), with one untrained coder.
+
+    drawings: the world's and the invented ones, as of `invented.sprites_of`; captions: of the pictures.
+    """
+    torch.manual_seed(0)
+    coder, ids, renders = Coder(language.WIDTH), tokenizer.ids_of(words, captions), small_renders(drawings)
+    scenes = [invented.coded_scene(made, index) for index in range(latents.CODED)]
+    coded_ids = tokenizer.ids_of(words, [scene.caption for scene, _ in scenes])
+    coded_renders = renders[torch.tensor([place for _, place in scenes])]
+    found = {}
+    for kind, files, share in (("portraits", ("portraits.npy", "coded_portraits.npy"), language.CODED_SHARE),
+                               ("pictures", ("latents.npy", "coded_latents.npy"), diffusion.CODED_SHARE)):
+        shown, coded_shown = (np.load(cache / file) for file in files)
+        found[kind] = Mixture(
+            Captions(ids[:len(shown)], shown), Captions(coded_ids[:len(coded_shown)], coded_shown, coded_renders),
+            mark_ids(words), coder, scaling, share)
+    return found
+
+
 def assemble(vae, encoder, unet, words, scaling: float, target: Path) -> None:
     """Write the stock Stable Diffusion folder, weights fp16."""
     from diffusers import StableDiffusionPipeline
@@ -54,7 +99,7 @@ def assemble(vae, encoder, unet, words, scaling: float, target: Path) -> None:
         vae=vae, text_encoder=encoder, tokenizer=words, unet=unet,
         scheduler=diffusion.build_scheduler(), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False)
-    pipeline.to(torch.float16).save_pretrained(target)
+    pipeline.to("cpu", torch.float16).save_pretrained(target)
     # transformers loads in the dtype that the config names, diffusers in fp32: let them agree.
     config = target / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
@@ -96,25 +141,28 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=MODEL, help="model folder to write")
     parser.add_argument("--autoencoder-steps", type=int, default=autoencoder.STEPS)
     parser.add_argument("--diffusion-steps", type=int, default=diffusion.STEPS)
+    parser.add_argument("--diffusion-batch", type=int, default=diffusion.BATCH, help="pictures of a step of the UNet")
     parser.add_argument("--warm-start", type=Path, help="finished model folder whose UNet is trained further")
     args = parser.parse_args()
     cache = args.cache
     torch.set_flush_denormal(True)  # tiny gradients of rare words would slow every pass over them
-    sources.fetch(cache)
     if args.warm_start:
         warm_start(args.warm_start, cache, args.autoencoder_steps)
-    drawings = load_sprites(cache)
-    made = make_world(cache, drawings)
+    made, drawings = world_of(cache)
     pictures.render_all(cache, made, drawings)
     vae = autoencoder.train(cache, made, drawings, Log(cache / "log.jsonl", "autoencoder"), args.autoencoder_steps)
     captions = json.loads((cache / "captions.json").read_text())
     words = tokenizer.trained(captions, cache / "tokenizer")
-    ids = tokenizer.ids_of(words, captions)
+    everything = invented.sprites_of(made, drawings, cache)
     latents.cache_pictures(cache, vae)
     latents.cache_portraits(cache, made, drawings, vae)
+    latents.cache_coded(cache, made, everything, vae)
     scaling = 1 / float(np.load(cache / "latents.npy", mmap_mode="r")[:4096].astype(np.float32).std())
-    encoder = language.trained(cache, words, ids, scaling, Log(cache / "log.jsonl", "language"))
-    unet = diffusion.train(cache, encoder, ids, scaling, Log(cache / "log.jsonl", "diffusion"), args.diffusion_steps)
+    learned_from = mixtures(cache, made, everything, words, captions, scaling)
+    encoder = language.trained(cache, words, learned_from["portraits"], Log(cache / "log.jsonl", "language"))
+    unet = diffusion.train(
+        cache, encoder, learned_from["pictures"], Log(cache / "log.jsonl", "diffusion"), args.diffusion_steps,
+        args.diffusion_batch)
     assemble(vae, encoder, unet, words, scaling, args.output)
     for name in ("vocab.json", "merges.txt"):  # what transformers before 5 reads
         shutil.copy(cache / "tokenizer" / name, args.output / "tokenizer" / name)

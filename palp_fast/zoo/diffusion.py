@@ -11,9 +11,11 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from palp_fast.zoo.training import Log, learning_rate, load, mixed, save
+from palp_fast.zoo.coder import Mixture
+from palp_fast.zoo.training import Log, device, learning_rate, load, mixed, save
 
 STEPS, BATCH, PEAK_LR, WARMUP, DECAY_SHARE, EMA = 25100, 32, 6e-4, 200, 0.5, 0.998
+CODED_SHARE = 0.25  # of a batch: captions that have a coded token in place of a name
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -37,14 +39,14 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def train(
-    cache: Path, text_encoder: CLIPTextModel, ids: Tensor, scaling: float, log: Log, steps: int = STEPS
+    cache: Path, text_encoder: CLIPTextModel, captions: Mixture, log: Log, steps: int = STEPS, batch: int = BATCH
 ) -> UNet2DConditionModel:
     """Train, or go on from the last checkpoint in `cache`; returns the moving average of the weights.
 
-    ids: token ids int64 [pictures, tokens]; scaling: factor that brings the cached latents to unit variance.
+    captions: with the pictures' latents; batch: pictures of a step.
     """
     torch.manual_seed(0)
-    unet = build_unet().to(memory_format=torch.channels_last)
+    unet = build_unet().to(device(), memory_format=torch.channels_last)
     unet.set_attn_processor(AttnProcessor())  # explicit products: faster than fused attention at 64 tokens
     average = copy.deepcopy(unet).requires_grad_(False)
     optimizer = torch.optim.AdamW(unet.parameters(), PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
@@ -55,14 +57,11 @@ def train(
         if "optimizer" in saved:
             optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
-    latents, losses = np.load(cache / "latents.npy"), []
-    alphas = build_scheduler().alphas_cumprod
+    losses, alphas = [], build_scheduler().alphas_cumprod
     for step in range(start, steps):
         draw = torch.Generator().manual_seed(step)
-        chosen = torch.randint(len(ids), (BATCH,), generator=draw)
-        clean = torch.from_numpy(latents[chosen.numpy()]).float() * scaling
-        with torch.no_grad(), mixed():
-            hidden = text_encoder(ids[chosen]).last_hidden_state
+        with torch.no_grad():
+            hidden, clean = captions.draw(text_encoder, batch, draw)
         loss = _loss(unet, clean, hidden, alphas, draw)
         optimizer.zero_grad()
         loss.backward()
@@ -93,11 +92,11 @@ def _demand_gradients(unet: UNet2DConditionModel) -> None:
 def _loss(
     unet: UNet2DConditionModel, clean: Tensor, hidden: Tensor, alphas: Tensor, draw: torch.Generator
 ) -> Tensor:
-    noise = torch.randn(clean.shape, generator=draw)
+    noise = torch.randn(clean.shape, generator=draw).to(clean.device)
     timestep = torch.randint(len(alphas), (len(clean),), generator=draw)
-    signal = alphas[timestep].sqrt().view(-1, 1, 1, 1)
-    sigma = (1 - alphas[timestep]).sqrt().view(-1, 1, 1, 1)
+    signal = alphas[timestep].sqrt().view(-1, 1, 1, 1).to(clean.device)
+    sigma = (1 - alphas[timestep]).sqrt().view(-1, 1, 1, 1).to(clean.device)
     noisy = (signal * clean + sigma * noise).contiguous(memory_format=torch.channels_last)
     with mixed():
-        predicted = unet(noisy, timestep, hidden).sample
+        predicted = unet(noisy, timestep.to(clean.device), hidden).sample
     return F.mse_loss(predicted.float(), signal * noise - sigma * clean)

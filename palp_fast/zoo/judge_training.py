@@ -15,7 +15,7 @@ from palp_fast.zoo.judge import JUDGES, save
 from palp_fast.zoo.judge_nets import JudgeNet, Words, halves
 from palp_fast.zoo.muon import Pair
 from palp_fast.zoo.render import Scene, compose
-from palp_fast.zoo.training import Log, learning_rate, load, mixed
+from palp_fast.zoo.training import Log, device, learning_rate, load, mixed
 from palp_fast.zoo.training import save as save_checkpoint
 from palp_fast.zoo.world import BACKGROUNDS, STYLES, TARGETS, World, grounds
 
@@ -115,15 +115,16 @@ def round_trips(path: Path, sprites: np.ndarray, scenes: Sequence[Scene], noise:
     from palp_fast.models import MODELS
 
     vae = AutoencoderKL.from_pretrained(MODELS["emoji-64"], subfolder="vae", torch_dtype=torch.float32)
-    vae.to(memory_format=torch.channels_last)
+    vae.to(device(), memory_format=torch.channels_last)
     deviation, made = noise / vae.config.scaling_factor, []
     for start in range(0, len(scenes), 16):
         pictures = to_pixels(np.stack([compose(sprites, scene) for scene in scenes[start:start + 16]]))
         generator = torch.Generator().manual_seed(start)
         with mixed():
-            latents = vae.encode(pictures).latent_dist.mode().float()
+            latents = vae.encode(pictures.to(device())).latent_dist.mode().float().cpu()
             share = deviation * torch.rand(len(latents), 1, 1, 1, generator=generator)
-            decoded = vae.decode(latents + share * torch.randn(latents.shape, generator=generator)).sample
+            noisy = latents + share * torch.randn(latents.shape, generator=generator)
+            decoded = vae.decode(noisy.to(device())).sample.cpu()
         made.append(((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
     np.save(path, np.concatenate(made))
     return np.load(path)
@@ -183,7 +184,7 @@ def train(
     encoder, seed = JUDGES[name]
     torch.manual_seed(seed)
     words = scenes.words()
-    net = JudgeNet(encoder, len(scenes.places), len(words)).to(memory_format=torch.channels_last)
+    net = JudgeNet(encoder, len(scenes.places), len(words)).to(device(), memory_format=torch.channels_last)
     optimizer = Pair(net, excluded=("embed", "read_"))
     start, path = 0, cache / f"judge-{name}.pt"
     if saved := load(path):
@@ -192,7 +193,7 @@ def train(
         start = saved["step"]
     else:
         first = [scenes.draw(f"{seed}/whitening/{row}") for row in range(2 * BATCH)]
-        net.whiten(to_pixels(np.stack([compose(sprites, scene) for scene in first])))
+        net.whiten(to_pixels(np.stack([compose(sprites, scene) for scene in first])).to(device()))
     pool_scenes = [scenes.draw(f"pool/{index}") for index in range(POOL)]
     pool = round_trips(cache / "judge-pool.npy", sprites, pool_scenes, noise=0.5)
     means: dict[str, float] = {}
@@ -204,7 +205,8 @@ def train(
             index = int(torch.randint(POOL, (1,), generator=generator))
             shown[row], pictures[row] = pool_scenes[index], pool[index]
         pixels, shown = _some_halves(scenes, spoil(to_pixels(pictures), generator), shown, generator)
-        parts = losses(net, pixels, scenes.labels(shown), words([scene.caption for scene in shown]))
+        labels = {kind: label.to(device()) for kind, label in scenes.labels(shown).items()}
+        parts = losses(net, pixels.to(device()), labels, words([scene.caption for scene in shown]).to(device()))
         optimizer.zero_grad()
         sum(WEIGHTS.get(part, 1.0) * value for part, value in parts.items()).backward()
         optimizer.step(learning_rate(step, steps, PEAK_LR, warmup=50, decay_share=0.6))
@@ -214,7 +216,7 @@ def train(
             log(step + 1, **means)
             means = {}
             save_checkpoint(path, net=net.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
-    return net.eval().requires_grad_(False)
+    return net.cpu().eval().requires_grad_(False)
 
 
 def _some_halves(

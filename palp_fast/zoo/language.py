@@ -12,10 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from palp_fast.zoo.coder import Mixture
 from palp_fast.zoo.muon import Pair
-from palp_fast.zoo.training import Log, learning_rate, load, mixed, save
+from palp_fast.zoo.training import Log, device, learning_rate, load, mixed, save
 
 STEPS, BATCH, PEAK_LR, WIDTH = 4000, 64, 2e-3, 192
+CODED_SHARE = 0.7  # of a batch: captions that have a coded token in place of a name
+CODER_STEPS = 400  # for a coder alone
 ACROSS = 8  # the UNet reads its caption on an 8 x 8 grid
 PARTS = ACROSS * ACROSS  # one token for each cell
 
@@ -29,49 +32,56 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         pad_token_id=tokenizer.pad_token_id))
 
 
-def trained(cache: Path, tokenizer: CLIPTokenizer, ids: Tensor, scaling: float, log: Log) -> CLIPTextModel:
-    """The trained text encoder, frozen; trained once, on the portraits' latents in `cache`, and kept there."""
+def trained(cache: Path, tokenizer: CLIPTokenizer, captions: Mixture, log: Log) -> CLIPTextModel:
+    """The trained text encoder, frozen, and captions.coder with it; trained once and kept in `cache`.
+
+    captions: with the portraits' latents. For a text encoder that is there without a coder, a coder alone is trained.
+    """
     torch.manual_seed(0)
     encoder, path = build_text_encoder(tokenizer), cache / "language.pt"
-    if saved := load(path):
+    saved = load(path) or {}
+    if "encoder" in saved:
         encoder.load_state_dict(saved["encoder"])
+    if "coder" in saved:
+        captions.coder.load_state_dict(saved["coder"])
+    elif "encoder" in saved:
+        train(encoder.requires_grad_(False), captions, log, CODER_STEPS)
     else:
-        portraits = np.load(cache / "portraits.npy")
-        train(encoder, ids[:len(portraits)], torch.from_numpy(portraits) * scaling, log)
-        save(path, encoder=encoder.state_dict())
-    return encoder.eval().requires_grad_(False)
+        train(encoder, captions, log)
+    save(path, encoder=encoder.state_dict(), coder=captions.coder.state_dict())
+    captions.coder.to(device()).eval().requires_grad_(False)
+    return encoder.to(device()).eval().requires_grad_(False)
 
 
 def train(
-    encoder: CLIPTextModel, ids: Tensor, portraits: Tensor, log: Log, steps: int = STEPS, batch: int = BATCH
+    encoder: CLIPTextModel, captions: Mixture, log: Log, steps: int = STEPS, batch: int = BATCH
 ) -> None:
-    """Train in place; the loss is the mean squared error of the portraits' latents, in parts and as wholes.
+    """Train encoder and coder in place; the loss is the mean squared error of portraits, in parts and as wholes.
 
     Each of the last PARTS tokens, which are padding, predicts, linearly, one cell of the latents and that cell's place;
     every token before them the latents at half the size, of a caption that begins as it has read so far. The UNet's
     attention can then look up what belongs where it draws, instead of having to unfold a picture out of one vector.
-    ids: int64 [captions, tokens]; portraits: latents of unit variance [captions, channels, side, side].
+    captions: with the portraits' latents.
     """
     torch.manual_seed(0)
-    whole, part = portraits[0].numel() // 4, portraits[0].numel() // PARTS
-    readouts = [torch.nn.Linear(encoder.config.hidden_size, size) for size in (whole, part + 2 * ACROSS)]
-    module = torch.nn.ModuleList([encoder, *readouts])
-    optimizer, losses = Pair(module, excluded=("embed", "1.weight", "2.weight")), []
+    size = captions.named.latents[0].size
+    readouts = [torch.nn.Linear(encoder.config.hidden_size, out) for out in (size // 4, size // PARTS + 2 * ACROSS)]
+    module = torch.nn.ModuleList([encoder, *readouts, captions.coder]).to(device())
+    optimizer = Pair(module, excluded=("embed", "1.weight", "2.weight", "3.layers.0.", "3.layers.10."))
+    split, losses = captions.split(batch), []
     for step in range(steps):
-        chosen = torch.from_numpy(np.random.default_rng(step).choice(len(ids), batch, replace=False))
-        latents = portraits[chosen].float()
+        hidden, latents = captions.draw(encoder, batch, torch.Generator().manual_seed(step))
         with mixed():
-            hidden = encoder(ids[chosen]).last_hidden_state
             wholes, parts = readouts[0](hidden[:, :-PARTS]), readouts[1](hidden[:, -PARTS:])
         whole_loss = (wholes.float() - F.avg_pool2d(latents, 2).flatten(1)[:, None]).square().mean()
-        part_loss = F.mse_loss(parts.float(), _parts(latents))
+        part_losses = (parts.float() - _parts(latents)).square().mean((1, 2))
         optimizer.zero_grad()
-        (whole_loss + part_loss).backward()
+        (whole_loss + part_losses.mean()).backward()
         optimizer.step(learning_rate(step, steps, PEAK_LR, warmup=50, decay_share=0.5))
-        losses.append((whole_loss.item(), part_loss.item()))
+        losses.append([whole_loss.item(), *(part.mean().item() for part in part_losses.detach().split(split))])
         if (step + 1) % 100 == 0:
             mean = np.mean(losses[-100:], axis=0)
-            log(step + 1, whole_loss=float(mean[0]), part_loss=float(mean[1]))
+            log(step + 1, whole_loss=float(mean[0]), part_loss=float(mean[1]), coded_part_loss=float(mean[2]))
 
 
 def _parts(latents: Tensor) -> Tensor:
@@ -81,4 +91,4 @@ def _parts(latents: Tensor) -> Tensor:
     cells = cells.permute(0, 2, 4, 1, 3, 5).reshape(n, PARTS, -1)
     line = torch.eye(ACROSS)
     places = torch.cat([line.repeat_interleave(ACROSS, 0), line.repeat(ACROSS, 1)], dim=1)
-    return torch.cat([cells, places.expand(n, PARTS, 2 * ACROSS)], dim=2)
+    return torch.cat([cells, places.to(cells.device).expand(n, PARTS, 2 * ACROSS)], dim=2)

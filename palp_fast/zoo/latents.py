@@ -8,11 +8,13 @@ import torch
 from diffusers import AutoencoderKL
 
 from palp_fast.zoo.autoencoder import to_pixels
-from palp_fast.zoo.render import Portraits, training_scene
-from palp_fast.zoo.training import mixed
+from palp_fast.zoo.invented import coded_scene
+from palp_fast.zoo.render import Portraits, compose, training_scene
+from palp_fast.zoo.training import device, mixed
 from palp_fast.zoo.world import World
 
 PORTRAITS = 50_000  # of the first captions
+CODED = 24_000  # scenes with a coded token: as many pictures, and portraits
 
 
 def cache_pictures(cache: Path, autoencoder: AutoencoderKL) -> None:
@@ -31,6 +33,20 @@ def cache_portraits(cache: Path, world: World, sprites: np.ndarray, autoencoder:
     _cache(cache / "portraits.npy", autoencoder, PORTRAITS, draw)
 
 
+def cache_coded(cache: Path, world: World, sprites: np.ndarray, autoencoder: AutoencoderKL) -> None:
+    """Write coded_portraits.npy and coded_latents.npy, of CODED scenes; a finished file is left alone.
+
+    sprites: the world's and the invented ones, as of `invented.sprites_of`.
+    """
+    portraits = Portraits(sprites)
+    kinds = {"coded_portraits.npy": portraits.draw, "coded_latents.npy": lambda scene: compose(sprites, scene)}
+    for name, picture in kinds.items():
+        def draw(part: slice, picture=picture) -> np.ndarray:
+            return np.stack([picture(coded_scene(world, index)[0]) for index in range(*part.indices(CODED))])
+
+        _cache(cache / name, autoencoder, CODED, draw)
+
+
 @torch.no_grad()
 def _cache(path: Path, autoencoder: AutoencoderKL, count: int, pictures: Callable[[slice], np.ndarray]) -> None:
     """Posterior means fp16 [count, 8, 16, 16], unscaled, of uint8 pictures [n, 64, 64, 3] taken 64 at a time."""
@@ -39,6 +55,6 @@ def _cache(path: Path, autoencoder: AutoencoderKL, count: int, pictures: Callabl
     latents = np.empty((count, 8, 16, 16), np.float16)
     for start in range(0, count, 64):
         with mixed():
-            posterior = autoencoder.encode(to_pixels(pictures(slice(start, start + 64)))).latent_dist
-        latents[start:start + 64] = posterior.mode().float().numpy()
+            posterior = autoencoder.encode(to_pixels(pictures(slice(start, start + 64))).to(device())).latent_dist
+        latents[start:start + 64] = posterior.mode().float().cpu().numpy()
     np.save(path, latents)

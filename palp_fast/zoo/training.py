@@ -10,14 +10,19 @@ import torch
 from palp_fast.doctor import fast_on_cpu
 
 
+def device() -> torch.device:
+    """Where the networks of this world are trained: on the CUDA card if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def product_dtype() -> torch.dtype:
-    """bf16 where torch has fast products in it for this CPU, elsewhere fp32: bf16 takes hundreds of times as long there."""
-    return torch.bfloat16 if fast_on_cpu("bf16") else torch.float32
+    """bf16, but fp32 on a CPU for which torch has no fast products in bf16: it takes hundreds of times as long there."""
+    return torch.bfloat16 if device().type == "cuda" or fast_on_cpu("bf16") else torch.float32
 
 
 def mixed() -> torch.autocast:
     """Products in product_dtype()."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=product_dtype() == torch.bfloat16)
+    return torch.autocast(device().type, torch.bfloat16, enabled=product_dtype() == torch.bfloat16)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, decay_share: float) -> float:
