@@ -1,7 +1,7 @@
 """Make emoji-64 from its sources: `python -m palp_fast.zoo.build --cache DIR`; run it again to go on after a stop.
 
-Stages: fetch (npm), sprites, pictures, invented subjects, autoencoder, tokenizer, latents, language, diffusion, assembly,
-check. Every random draw is seeded by its step, so that a resumed build draws what an uninterrupted one would.
+Stages: fetch (npm), sprites, pictures, autoencoder, tokenizer, invented subjects, latents, language, diffusion,
+assembly, check. Every random draw is seeded by its step, so that a resumed build draws what an uninterrupted one would.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def load_sprites(cache: Path) -> np.ndarray:
 
 
 def world_of(cache: Path) -> tuple[world.World, np.ndarray]:
-    """The world and its sprites, from the sprites in `cache` or, the first time, from the sources, which are fetched."""
+    """The world and its sprites, from the sprites in `cache` or, the first time, from the fetched sources."""
     if (cache / "sprites.npy").exists():
         return world.World.load(), load_sprites(cache)
     sources.fetch(cache)

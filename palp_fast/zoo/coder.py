@@ -90,7 +90,7 @@ class Mixture:
         return size - coded, coded
 
     def draw(self, encoder: CLIPTextModel, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Hidden states [size, tokens, width] and scaled latents fp32 [size, channels, side, side] of a random batch."""
+        """Hidden states [size, tokens, width], scaled latents fp32 [size, channels, side, side] of a random batch."""
         named, coded = self.split(size)
         rows = torch.randint(len(self.named.ids), (named,), generator=generator)
         coded_rows = torch.randint(len(self.invented.ids), (coded,), generator=generator)

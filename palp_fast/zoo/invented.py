@@ -1,7 +1,7 @@
 """Invented subjects: drawings of seen subjects, warped, recoloured and combined, the same way in every style.
 
 From the names of 668 subjects a text encoder learns their portraits by heart, and a new token that means a render means
-nothing as a line drawing. Invented subjects have no names: `language.Coder` turns the render of one into a token, and
+nothing as a line drawing. Invented subjects have no names: `coder.Coder` turns the render of one into a token, and
 what is learned is how a subject goes from its token to each style.
 """
 

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from palp_fast.zoo.autoencoder import to_pixels
 from palp_fast.zoo.invented import coded_scene
 from palp_fast.zoo.render import Portraits, compose, training_scene
-from palp_fast.zoo.training import device, mixed
+from palp_fast.zoo.training import mixed
 from palp_fast.zoo.world import World
 
 PORTRAITS = 50_000  # of the first captions
@@ -54,7 +54,8 @@ def _cache(path: Path, autoencoder: AutoencoderKL, count: int, pictures: Callabl
         return
     latents = np.empty((count, 8, 16, 16), np.float16)
     for start in range(0, count, 64):
+        pixels = to_pixels(pictures(slice(start, start + 64))).to(autoencoder.device)
         with mixed():
-            posterior = autoencoder.encode(to_pixels(pictures(slice(start, start + 64))).to(device())).latent_dist
+            posterior = autoencoder.encode(pixels).latent_dist
         latents[start:start + 64] = posterior.mode().float().cpu().numpy()
     np.save(path, latents)

@@ -16,7 +16,7 @@ def device() -> torch.device:
 
 
 def product_dtype() -> torch.dtype:
-    """bf16, but fp32 on a CPU for which torch has no fast products in bf16: it takes hundreds of times as long there."""
+    """bf16, but fp32 on a CPU for which torch has no fast products in bf16: it takes hundreds of times as long."""
     return torch.bfloat16 if device().type == "cuda" or fast_on_cpu("bf16") else torch.float32
 
 
