@@ -1,12 +1,13 @@
 """The fair test of the emoji-64 world: does PALP keep the prompt and the subject where DreamBooth loses one of them?
 
     python -m bench.quality --cache DIR [--output runs/quality] [--model emoji-64] [--quick] [--acceptance] [--report]
-        [--method NAME[:field=value,...]] [--subject NAME] [--target N] [--seed N] [--set field=value]
+        [--method NAME[:field=value,...]] [--subject NAME] [--target N] [--seed N] [--set field=value] [--jobs N]
 
 Subjects x targets x seeds x methods; each training is measured at every 100 steps, by every judge, on 16 pictures of
 the target prompt, and at its end on 16 of "a photo of [V]". DIR holds the sprites, as for palp_fast.zoo.build. Every
 training's results are one block of JSON lines in the output folder; what is there is not run again. Development
-subjects are the default. --acceptance runs the other half, which no setting may be chosen on. --report writes tables,
+subjects are the default. --jobs trainings run at once, each on its share of the threads: on a CPU small trainings make
+better use of a core each. --acceptance runs the other half, which no setting may be chosen on. --report writes tables,
 curves and sheets from the rows alone, and is done at the end of every run as well.
 """
 
@@ -17,6 +18,8 @@ import ast
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from palp_fast import ConfigError, TrainConfig
 from palp_fast.zoo.demo import SETTINGS as DEMO
@@ -49,6 +52,7 @@ class Plan:
     methods: dict[str, dict[str, Any]]
     steps: tuple[int, ...] = STEPS
     images: int = IMAGES
+    sampling_steps: int = SAMPLING_STEPS
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -99,11 +103,16 @@ def plan_of(args: argparse.Namespace, world: World) -> Plan:
         args.model, tuple(args.subject or every),
         tuple(args.target or (QUICK["targets"] if args.quick else range(len(TARGETS)))), tuple(args.seed or (0,)),
         methods_named(args.method or list(QUICK["methods"] if args.quick else METHODS)),
-        tuple(sorted(set(args.steps))), QUICK["images"] if args.quick else args.images,
+        tuple(sorted(set(args.steps))), QUICK["images"] if args.quick else args.images, SAMPLING_STEPS,
         common_settings() | assignments(args.set))
     for changes in plan.methods.values():
         TrainConfig(model=plan.model, prompt=TARGETS[0][0], output_dir=".", **plan.settings | changes)
     return plan
+
+
+def default_jobs() -> int:
+    """One training a thread of the CPU, at most 4 for memory's sake; one on a CUDA card."""
+    return 1 if torch.cuda.is_available() else min(4, torch.get_num_threads())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -124,14 +133,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS), help="where a training is measured")
     parser.add_argument("--palp-step", type=int, default=PALP_STEP, help="the step at which PALP is compared")
     parser.add_argument("--images", type=int, default=IMAGES, help="for each subject, prompt and step")
+    parser.add_argument("--jobs", type=int, help="trainings at once (default: one a thread, up to 4; on a CUDA card 1)")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="for every method")
     args = parser.parse_args(arguments)
     if args.palp_step not in args.steps:
         raise ConfigError(f"--palp-step: {args.palp_step} is not among --steps {args.steps}")
+    if args.jobs is not None and args.jobs < 1:
+        raise ConfigError(f"--jobs: {args.jobs}; allowed: 1 or more")
     world = World.load()
     runs = Runs(plan_of(args, world), world, args.cache, args.output)
     if not args.report:
-        runs.run()
+        runs.run(args.jobs or default_jobs())
     print(write(runs, args.palp_step), flush=True)
 
 

@@ -6,14 +6,16 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from bench.quality import BASE, GUIDANCE, SAMPLING_STEPS, Plan
+from bench.quality import BASE, GUIDANCE, Plan
 from palp_fast import Subject, TrainConfig, Trainer, evaluate
 from palp_fast.generate import sample
 from palp_fast.models import load_components, resolve
@@ -49,7 +51,7 @@ class Runs:
     """A plan with its world, sprites, judges and folder. Rows of one run are written together or not at all."""
 
     def __init__(self, plan: Plan, world: World, cache: Path, folder: Path):
-        self.plan, self.world, self.folder = plan, world, folder
+        self.plan, self.world, self.cache, self.folder = plan, world, cache, folder
         self.sprites = load_sprites(cache)
         self.judges: dict[str, Judge] = {name: load(name) for name in available()}
         self.rows_path = folder / "rows.jsonl"
@@ -68,26 +70,47 @@ class Runs:
         found = self._stored()
         return [row for run in self.wanted() for row in found.get(self.digest(run), [])]
 
-    def run(self) -> None:
-        """Do what is not there yet."""
+    def run(self, jobs: int = 1) -> None:
+        """Do what is not there yet, `jobs` trainings at once."""
         done = self._stored()
         wanted = [run for run in self.wanted() if self.digest(run) not in done]
         self.folder.mkdir(parents=True, exist_ok=True)
-        while wanted:
-            runs = self._sharing_one_training(wanted)
-            prompts = ", ".join(repr(TARGETS[run.target][0]) for run in runs)
-            print(f"{len(wanted)} left: {runs[0].subject}, {prompts}, {runs[0].method}, seed {runs[0].seed}", flush=True)
-            rows = self._base_rows(runs[0]) if runs[0].method == BASE else self._training_rows(runs)
+        left = len(wanted)
+        for runs, rows in self._results(self._trainings(wanted), jobs):
             with self.rows_path.open("a") as file:  # after a blank line, lest a line that a kill cut short spoil it
                 file.write("\n" + "".join(json.dumps(row) + "\n" for row in rows))
+            left -= len(runs)
+            print(f"{left} of {len(wanted)} left", flush=True)
+
+    def _results(self, trainings: Iterator[list[Run]], jobs: int) -> Iterator[tuple[list[Run], list[dict]]]:
+        """Runs and their rows as they come, from `jobs` processes if more than one."""
+        if jobs == 1:
+            yield from ((runs, self.rows_of(runs)) for runs in trainings)
+            return
+        threads = max(1, torch.get_num_threads() // jobs)
+        made = (self.plan, self.world, self.cache, self.folder, threads)
+        pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_start, initargs=made)
+        try:
+            futures = {pool.submit(_work, runs): runs for runs in trainings}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _trainings(self, wanted: list[Run]) -> Iterator[list[Run]]:
+        """Runs that share one training: DreamBooth never sees the target, so that one serves all of a subject's."""
+        while wanted:
+            first, runs = wanted[0], wanted[:1]
+            if first.method != BASE and self.plan.methods[first.method]["method"] == "dreambooth":
+                runs = [run for run in wanted if replace(run, target=first.target) == first]
+            yield runs
             wanted = [run for run in wanted if run not in runs]
 
-    def _sharing_one_training(self, wanted: list[Run]) -> list[Run]:
-        """The first run, and with DreamBooth, which never sees the target, the same training's of the other targets."""
-        first = wanted[0]
-        if first.method == BASE or self.plan.methods[first.method]["method"] != "dreambooth":
-            return [first]
-        return [run for run in wanted if replace(run, target=first.target) == first]
+    def rows_of(self, runs: list[Run]) -> list[dict]:
+        """The base's pictures judged, or those of one training for each of `runs`, which differ in their targets."""
+        prompts = ", ".join(repr(TARGETS[run.target][0]) for run in runs)
+        print(f"{runs[0].subject}, {prompts}, {runs[0].method}, seed {runs[0].seed}", flush=True)
+        return self._base_rows(runs[0]) if runs[0].method == BASE else self._training_rows(runs)
 
     def digest(self, run: Run) -> str:
         """Of all that decides a run's rows: model weights, settings, sampling, judges."""
@@ -95,7 +118,7 @@ class Runs:
         own = [] if run.method == BASE else [plan.settings | plan.methods[run.method], plan.steps]
         judged = {name: judge.digest for name, judge in self.judges.items()}
         facts = [self._model_digest, judged, run.subject, TARGETS[run.target], run.method, run.seed, plan.images,
-                 SAMPLING_STEPS, GUIDANCE, own]
+                 plan.sampling_steps, GUIDANCE, own]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def photos(self, subject: str) -> list[Image.Image]:
@@ -149,7 +172,7 @@ class Runs:
 
     def _draw(self, pipeline, prompt: str, seed: int) -> list[Image.Image]:
         """The same noise for every method, subject and step."""
-        return sample(pipeline, prompt, n=self.plan.images, steps=SAMPLING_STEPS, guidance_scale=GUIDANCE,
+        return sample(pipeline, prompt, n=self.plan.images, steps=self.plan.sampling_steps, guidance_scale=GUIDANCE,
                       seed=10_000 * (seed + 1), batch_size=self.plan.images)
 
     def _row(self, run: Run, step: int, pictures: list[Image.Image]) -> dict:
@@ -191,6 +214,20 @@ class Runs:
             found.setdefault(row["digest"], {})[row["step"]] = row
         return {digest: list(rows.values()) for digest, rows in found.items()
                 if rows.keys() in ({0}, set(self.plan.steps))}
+
+
+_own: Runs | None = None  # of a worker process
+
+
+def _start(plan: Plan, world: World, cache: Path, folder: Path, threads: int) -> None:
+    """Set up a worker process."""
+    global _own
+    torch.set_num_threads(threads)
+    _own = Runs(plan, world, cache, folder)
+
+
+def _work(runs: list[Run]) -> list[dict]:
+    return _own.rows_of(runs)
 
 
 def weights_digest(model: str) -> str:

@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from bench import curves, quality, quality_report, quality_runs
+import torch
+from bench import curves, quality, quality_report
 from bench.quality_report import Results
 from PIL import Image
 
@@ -64,7 +65,7 @@ def test_the_ablation_is_cumulative():
 
 @pytest.mark.parametrize("wrong", [
     ["--subject", "fox"], ["--target", "6"], ["--images", "1"], ["--steps", "0"], ["--steps", "100"],
-    ["--set", "learning_rate=1"], ["--set", "lr=-1"], ["--method", "lora"]])
+    ["--set", "learning_rate=1"], ["--set", "lr=-1"], ["--method", "lora"], ["--jobs", "0"]])
 def test_wrong_arguments_are_refused_before_any_work(wrong, tmp_path):
     with pytest.raises(ConfigError):
         quality.main(["--cache", str(tmp_path / "none"), "--output", str(tmp_path / "out"), *wrong])
@@ -132,9 +133,9 @@ def test_a_tiny_run_from_training_to_report(cache, tmp_path, capsys):
     world, output = World.load(), tmp_path / "out"
     arguments = ["--cache", str(cache), "--output", str(output), "--subject", held(world), "--target", "3", "--steps",
                  "1", "2", "--palp-step", "2", "--images", "2", "--method", "dreambooth", "--method", "palp",
-                 "--set", "batch_size=1", "--set", "rank=2"]
+                 "--set", "batch_size=1", "--set", "rank=2", "--jobs", "1"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quality_runs, "SAMPLING_STEPS", 2)
+        patch.setattr(quality, "SAMPLING_STEPS", 2)
         quality.main(arguments)
         lines = [line for line in (output / "rows.jsonl").read_text().splitlines() if line]
         assert [(json.loads(line)["method"], json.loads(line)["step"]) for line in lines] == [
@@ -144,13 +145,13 @@ def test_a_tiny_run_from_training_to_report(cache, tmp_path, capsys):
         (output / "rows.jsonl").write_text("\n".join(lines)[:-40])
         capsys.readouterr()
         quality.main(arguments)
-        assert "1 left" in (printed := capsys.readouterr().out) and "2 left" not in printed
+        assert "0 of 1 left" in capsys.readouterr().out
         again = [json.loads(line) for line in (output / "rows.jsonl").read_text().splitlines() if line.endswith("}")]
         seconds = "train_seconds"
         assert {key: value for key, value in again[-1].items() if key != seconds} == {
             key: value for key, value in json.loads(lines[-1]).items() if key != seconds}
         # DreamBooth never sees the target: one training gives the rows of all, the same as one for each.
-        quality.main(arguments[:-8] + ["--target", "0", "--method", "dreambooth", *arguments[-4:],
+        quality.main(arguments[:-10] + ["--target", "0", "--method", "dreambooth", *arguments[-6:],
                                        "--output", str(tmp_path / "both")])
         assert capsys.readouterr().out.count("dreambooth, seed 0") == 1
         both = [json.loads(line) for line in (tmp_path / "both" / "rows.jsonl").read_text().splitlines() if line]
@@ -161,3 +162,20 @@ def test_a_tiny_run_from_training_to_report(cache, tmp_path, capsys):
     assert (output / "report.md").read_text().count("| palp | 2 |") == len(available())
     assert Image.open(output / "sheet-3.png").size == (64 * 8, 16 + 64)
     assert (output / "curves-emoji-64.png").exists()
+
+
+def test_jobs_give_the_rows_of_one_process(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "SAMPLING_STEPS", 1)
+    threads, found = torch.get_num_threads(), {}
+    try:
+        for jobs in ("1", "2"):
+            torch.set_num_threads(int(jobs))  # one in each process
+            quality.main(["--cache", str(cache), "--output", str(tmp_path / jobs), "--subject", held(World.load()),
+                          "--target", "0", "--steps", "1", "--palp-step", "1", "--images", "2", "--method",
+                          "dreambooth", "--method", "palp", "--set", "rank=2", "--jobs", jobs])
+            lines = (tmp_path / jobs / "rows.jsonl").read_text().splitlines()
+            found[jobs] = sorted(({key: value for key, value in json.loads(line).items() if key != "train_seconds"}
+                                  for line in lines if line), key=lambda row: row["method"])
+    finally:
+        torch.set_num_threads(threads)
+    assert found["1"] == found["2"] and len(found["1"]) == 3
