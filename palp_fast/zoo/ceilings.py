@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 
 from palp_fast.zoo.judge import Judge
-from palp_fast.zoo.judge_training import Scenes, round_trips
+from palp_fast.zoo.judge_pool import round_trips
+from palp_fast.zoo.judge_scenes import Scenes
 from palp_fast.zoo.render import Scene
 from palp_fast.zoo.scores import MARKS, Wanted, marks
 from palp_fast.zoo.world import STYLES, TARGETS
 
-PER_STYLE = 240
 # Least shares of a judge that may be used, in each style of the first three tests.
 LIMITS = {"style": 0.99, "background": 0.98, "top1": 0.90}
 
@@ -18,19 +18,14 @@ LIMITS = {"style": 0.99, "background": 0.98, "top1": 0.90}
 def tests(scenes: Scenes) -> dict[str, list[Scene]]:
     """Test name -> its scenes, none of whose compositions and seeds training has.
 
-    render, flat, line: subjects drawn from all; held out: each held-out subject in each style; targets: each held-out
+    render, flat, line: every subject once; held out: each held-out subject in each style; targets: each held-out
     subject in each of the fair test's targets, with its second subject where it has one.
     """
-    found = {style: [scenes.draw(f"ceiling/{style}/{index}", places=(scenes.places[_spread(index, style, scenes)],),
-                                 style=style, reserved=True) for index in range(PER_STYLE)] for style in STYLES}
+    found = {style: [scenes.draw(f"ceiling/{style}/{place}", places=(place,), style=style, reserved=True)
+                     for place in scenes.places] for style in STYLES}
     found["held out"] = [_held_out(scenes, place, style) for place in scenes.held_out for style in STYLES]
     found["targets"] = [_target(scenes, place, number) for place in scenes.held_out for number in range(len(TARGETS))]
     return found
-
-
-def _spread(index: int, style: str, scenes: Scenes) -> int:
-    """Every third subject or so, others in each style."""
-    return (index * len(STYLES) + STYLES.index(style)) % len(scenes.places)
 
 
 def _held_out(scenes: Scenes, place: int, style: str) -> Scene:

@@ -1,8 +1,5 @@
-"""How the judges learn: scenes of every subject, pictures spoiled in several ways, cross-entropies and contrast."""
+"""How the judges learn: pictures spoiled in several ways, cross-entropies and contrast."""
 
-import random
-import zlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,124 +7,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from palp_fast.zoo.captions import caption
+from palp_fast.zoo.autoencoder import to_pixels
 from palp_fast.zoo.judge import JUDGES, save
-from palp_fast.zoo.judge_nets import JudgeNet, Words, halves
+from palp_fast.zoo.judge_nets import JudgeNet, halves
+from palp_fast.zoo.judge_pool import Pool
+from palp_fast.zoo.judge_scenes import Scenes
 from palp_fast.zoo.muon import Pair
 from palp_fast.zoo.render import Scene, compose
 from palp_fast.zoo.training import Log, device, learning_rate, load, mixed
 from palp_fast.zoo.training import save as save_checkpoint
-from palp_fast.zoo.world import BACKGROUNDS, STYLES, TARGETS, World, grounds
+from palp_fast.zoo.world import World
 
-STEPS, BATCH, PEAK_LR = 3200, 64, 3e-3
-PAIRS, HALF = 0.2, 0.6  # share of scenes with two subjects, and of those the share that shows only one half
+STEPS, BATCH, PEAK_LR = 6800, 64, 3e-3
+HARD, HARD_EVERY = 5600, 600  # step from which on styles hard to read are drawn more often; steps between readings
+HALF = 0.6  # share of scenes of two that show only one half
 WEIGHTS = {"style": 6.0}  # of the losses, where not 1: a flat drawing and a render can be hard to tell apart
 NOISE, BLUR = 0.15, (0.3, 1.0)  # most noise on [-1, 1], standard deviation of the blur in pixels
-POOL, POOL_STRIDE = 8192, 2  # autoencoder round trips, and every how manieth picture of a batch is one of them
+POOL_STRIDE = 2  # one picture of so many in a batch has been through the autoencoder
 EVERY = 50  # steps between checkpoints
-ROLES = ("seen", "development", "acceptance")
-_TARGET_CELLS = {(style, background) for _, style, background, _ in TARGETS}
-
-
-class Scenes:
-    """Draws scenes of all subjects that have one drawing in three styles, held-out ones too, and their labels."""
-
-    def __init__(self, world: World):
-        self.world = world
-        self.places = [place for place, subject in enumerate(world.subjects) if subject.role in ROLES]
-        self.names = [world.subjects[place].name for place in self.places]
-        self.held_out = [place for place in self.places if world.subjects[place].role != "seen"]
-        self._label = {place: label for label, place in enumerate(self.places)}
-
-    def reserved(self, places: Sequence[int], style: str, background: str) -> bool:
-        """Whether this composition is kept from training, for the ceilings.
-
-        One background for each subject (or two) and style, and every held-out subject in the cell of a target.
-        """
-        if (style, background) in _TARGET_CELLS and any(place in self.held_out for place in places):
-            return True
-        possible = grounds(style)
-        return background == possible[zlib.crc32(f"{sorted(places)} {style}".encode()) % len(possible)]
-
-    def draw(
-        self, key: str, *, places: tuple[int, ...] | None = None, style: str | None = None, reserved: bool = False
-    ) -> Scene:
-        """The scene of that key: one or two subjects (unless given), a style, a background, a caption never empty."""
-        draw = random.Random(key)
-        chosen = places
-        while True:
-            if places is None:
-                chosen = tuple(draw.sample(self.places, 2 if draw.random() < PAIRS else 1))
-            shown = style or draw.choice(STYLES)
-            background = draw.choice(grounds(shown))
-            if self.reserved(chosen, shown, background) == reserved:
-                break
-        subjects = [self.world.subjects[place] for place in chosen]
-        nouns = [subject.class_noun if draw.random() < 0.3 else subject.name for subject in subjects]
-        return Scene(chosen, shown, background, _caption(shown, nouns, background, draw), draw.getrandbits(32))
-
-    def half(self, scene: Scene, side: int) -> Scene:
-        """What the left (0) or right (1) half of a scene of two shows: one subject, with a caption of its own."""
-        subject, draw = self.world.subjects[scene.subjects[side]], random.Random(scene.seed)
-        words = _caption(scene.style, [subject.name], scene.background, draw)
-        return Scene((scene.subjects[side],), scene.style, scene.background, words, scene.seed)
-
-    def labels(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
-        """style, background: class indices int64 [n]; cell: shares fp32 [n, subjects x styles] that add up to 1."""
-        cell = torch.zeros(len(scenes), len(self.places), len(STYLES))
-        for row, scene in enumerate(scenes):
-            labels = [self._label[place] for place in scene.subjects]
-            cell[row, labels, STYLES.index(scene.style)] = 1 / len(labels)
-        return {"style": torch.tensor([STYLES.index(scene.style) for scene in scenes]),
-                "background": torch.tensor([BACKGROUNDS.index(scene.background) for scene in scenes]),
-                "cell": cell.flatten(1)}
-
-    def words(self) -> Words:
-        """A tokenizer that knows every word that captions can have."""
-        nouns = self.names + [subject.class_noun for subject in self.world.subjects]
-        draw = random.Random(0)
-        return Words.of(nouns + [caption(style, ["and"], background, draw)
-                                 for style in STYLES for background in BACKGROUNDS for _ in range(50)])
-
-
-def _caption(style: str, nouns: list[str], background: str, draw: random.Random) -> str:
-    """A caption that is not empty."""
-    while not (words := caption(style, nouns, background, draw)):
-        pass
-    return words
-
-
-def to_pixels(pictures: np.ndarray) -> Tensor:
-    """uint8 [B, 64, 64, 3] -> fp32 [B, 3, 64, 64] in [-1, 1], channels last in memory."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-@torch.no_grad()
-def round_trips(path: Path, sprites: np.ndarray, scenes: Sequence[Scene], noise: float = 0.0) -> np.ndarray:
-    """Pictures of the scenes after emoji-64's autoencoder, uint8 [n, 64, 64, 3]; made once and kept at `path`.
-
-    noise: most noise added to latents, in their standard deviations; each picture draws its own share of it.
-    """
-    if path.exists():
-        return np.load(path)
-    from diffusers import AutoencoderKL
-
-    from palp_fast.models import MODELS
-
-    vae = AutoencoderKL.from_pretrained(MODELS["emoji-64"], subfolder="vae", torch_dtype=torch.float32)
-    vae.to(device(), memory_format=torch.channels_last)
-    deviation, made = noise / vae.config.scaling_factor, []
-    for start in range(0, len(scenes), 16):
-        pictures = to_pixels(np.stack([compose(sprites, scene) for scene in scenes[start:start + 16]]))
-        generator = torch.Generator().manual_seed(start)
-        with mixed():
-            latents = vae.encode(pictures.to(device())).latent_dist.mode().float().cpu()
-            share = deviation * torch.rand(len(latents), 1, 1, 1, generator=generator)
-            noisy = latents + share * torch.randn(latents.shape, generator=generator)
-            decoded = vae.decode(noisy.to(device())).sample.cpu()
-        made.append(((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
-    np.save(path, np.concatenate(made))
-    return np.load(path)
 
 
 def spoil(pixels: Tensor, generator: torch.Generator) -> Tensor:
@@ -194,16 +91,18 @@ def train(
     else:
         first = [scenes.draw(f"{seed}/whitening/{row}") for row in range(2 * BATCH)]
         net.whiten(to_pixels(np.stack([compose(sprites, scene) for scene in first])).to(device()))
-    pool_scenes = [scenes.draw(f"pool/{index}") for index in range(POOL)]
-    pool = round_trips(cache / "judge-pool.npy", sprites, pool_scenes, noise=0.5)
+    pool = Pool(cache, scenes, sprites)
+    if saved:
+        pool.chances = saved["chances"]
     means: dict[str, float] = {}
     for step in range(start, stop or steps):
+        if step >= HARD and (step - HARD) % HARD_EVERY == 0:
+            pool.weigh(net)
         generator = torch.Generator().manual_seed(seed * steps + step)
         shown = [scenes.draw(f"{seed}/{step}/{row}") for row in range(BATCH)]
         pictures = np.stack([compose(sprites, scene) for scene in shown])
         for row in range(0, BATCH, POOL_STRIDE):
-            index = int(torch.randint(POOL, (1,), generator=generator))
-            shown[row], pictures[row] = pool_scenes[index], pool[index]
+            shown[row], pictures[row] = pool.draw(generator)
         pixels, shown = _some_halves(scenes, spoil(to_pixels(pictures), generator), shown, generator)
         labels = {kind: label.to(device()) for kind, label in scenes.labels(shown).items()}
         parts = losses(net, pixels.to(device()), labels, words([scene.caption for scene in shown]).to(device()))
@@ -215,7 +114,8 @@ def train(
         if (step + 1) % EVERY == 0:
             log(step + 1, **means)
             means = {}
-            save_checkpoint(path, net=net.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
+            save_checkpoint(path, net=net.state_dict(), optimizer=optimizer.state_dict(), chances=pool.chances,
+                            step=step + 1)
     return net.cpu().eval().requires_grad_(False)
 
 
