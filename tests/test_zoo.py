@@ -15,7 +15,7 @@ from palp_fast.zoo.captions import STYLE_PHRASES, caption, noun_phrase
 from palp_fast.zoo.render import SIDE, Portraits, Scene, compose, training_scene
 from palp_fast.zoo.sprites import TYPICAL
 from palp_fast.zoo.sprites import typical as find_typical
-from palp_fast.zoo.training import learning_rate
+from palp_fast.zoo.training import Log, learning_rate
 from palp_fast.zoo.world import COLOURS, DARK, PERSONAL_BACKGROUNDS, STYLES, TARGETS, World
 
 SCENES = 4000
@@ -205,6 +205,32 @@ def test_autoencoder_keeps_a_subject_it_never_saw():
     with torch.no_grad():
         decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
     assert float(((decoded - pixels) ** 2).mean()) <= 0.006
+
+
+def test_the_decoder_is_trained_on_alone_and_a_stop_changes_nothing(tmp_path, monkeypatch, sprites, world, scenes):
+    monkeypatch.setattr(autoencoder, "BATCH", 2)
+    monkeypatch.setattr(autoencoder, "DECODER_BATCH", 2)
+    monkeypatch.setattr(autoencoder, "held_out_pictures", lambda *_: torch.zeros(2, 3, 64, 64))
+    monkeypatch.setattr(autoencoder, "learning_rate", lambda step, *_, **__: 1e-3 * (step + 1))  # whatever the length
+    shown = np.stack([compose(sprites, scene) for scene in scenes[:8]])
+
+    def trained(name, *counts):
+        (tmp_path / name).mkdir(exist_ok=True)
+        np.save(tmp_path / name / "pictures.npy", shown)
+        for steps, decoder_steps in counts:
+            log = Log(tmp_path / "log.jsonl", "autoencoder")
+            model = autoencoder.train(tmp_path / name, world, sprites, log, steps, decoder_steps)
+        return {part: torch.cat([weight.flatten() for weight in getattr(model, part).parameters()])
+                for part in ("encoder", "quant_conv", "decoder", "post_quant_conv")}
+
+    whole, on = trained("whole", (2, 0)), trained("on", (2, 2))
+    for part in ("encoder", "quant_conv"):
+        assert torch.equal(on[part], whole[part])
+    for part in ("decoder", "post_quant_conv"):
+        assert not torch.equal(on[part], whole[part])
+    for counts in ((2, 0), (2, 2)), ((2, 1), (2, 2)):
+        stopped = trained(f"stopped {counts[0][1]}", *counts)
+        assert all(torch.equal(stopped[part], on[part]) for part in on)
 
 
 def test_licences_lie_beside_what_ships():

@@ -1,5 +1,7 @@
 """Stage 1 of emoji-64: an AutoencoderKL, 64 x 64 x 3 pixels to 16 x 16 x 8 latents."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from palp_fast.zoo.training import Log, device, learning_rate, load, mixed, save
 from palp_fast.zoo.world import BACKGROUNDS, STYLES, World
 
 STEPS, BATCH, PEAK_LR, KL_WEIGHT = 1500, 8, 3e-3, 1e-4
+DECODER_STEPS, DECODER_BATCH, DECODER_LR = 1400, 16, 2e-3  # then, of the decoder alone
 
 
 def build_model() -> AutoencoderKL:
@@ -47,33 +50,59 @@ def squared_error(model: AutoencoderKL, pixels: torch.Tensor) -> float:
     return float(torch.stack(errors).mean())
 
 
-def train(cache: Path, world: World, sprites: np.ndarray, log: Log, steps: int = STEPS) -> AutoencoderKL:
-    """Train, or go on from the last checkpoint in `cache`; returns the trained autoencoder (fp32)."""
+def train(
+    cache: Path, world: World, sprites: np.ndarray, log: Log, steps: int = STEPS, decoder_steps: int = DECODER_STEPS
+) -> AutoencoderKL:
+    """Train both halves, then the decoder alone, or go on from the last checkpoint in `cache`; returns the fp32 model.
+
+    The decoder profits from more steps and larger batches long after latents that still move would help no one.
+    """
     torch.manual_seed(0)
     model = build_model().to(device(), memory_format=torch.channels_last)
-    optimizer = Pair(model, excluded=("conv_in", "decoder.conv_out"))
-    start, path = 0, cache / "autoencoder.pt"
-    if saved := load(path):
+    saved = load(cache / "autoencoder.pt") or {"step": 0}
+    if "model" in saved:
         model.load_state_dict(saved["model"])
-        if "optimizer" in saved:
-            optimizer.load_state_dict(saved["optimizer"])
-        start = saved["step"]
-    pictures = np.load(cache / "pictures.npy", mmap_mode="r")
     test = held_out_pictures(world, sprites).to(device())
-    for step in range(start, steps):
+    whole = Phase(0, steps, BATCH, PEAK_LR, _loss)
+    alone = Phase(steps, steps + decoder_steps, DECODER_BATCH, DECODER_LR, _decoder_loss)
+    _run(model, whole, saved, cache, test, log)
+    for part in (model.encoder, model.quant_conv):
+        part.requires_grad_(False)
+    _run(model, alone, saved, cache, test, log)
+    return model.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps first .. last - 1, with a learning rate and an optimizer of their own; loss(model, pixels): loss, error."""
+
+    first: int
+    last: int
+    batch: int
+    peak_lr: float
+    loss: Callable[[AutoencoderKL, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _run(model: AutoencoderKL, phase: Phase, saved: dict, cache: Path, test: torch.Tensor, log: Log) -> None:
+    """What is left of a phase after the checkpoint `saved`, in place."""
+    optimizer = Pair(model, excluded=("conv_in", "decoder.conv_out"))
+    if "optimizer" in saved and phase.first < saved["step"] <= phase.last:
+        optimizer.load_state_dict(saved["optimizer"])
+    pictures = np.load(cache / "pictures.npy", mmap_mode="r")
+    for step in range(max(phase.first, saved["step"]), phase.last):
         torch.manual_seed(step)
-        chosen = np.sort(np.random.default_rng(step).choice(len(pictures), BATCH, replace=False))
-        loss, error = _loss(model, to_pixels(pictures[chosen]).to(device()))
+        chosen = np.sort(np.random.default_rng(step).choice(len(pictures), phase.batch, replace=False))
+        loss, error = phase.loss(model, to_pixels(pictures[chosen]).to(device()))
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(learning_rate(step, steps, PEAK_LR, warmup=50, decay_share=0.6))
+        torch.nn.utils.clip_grad_norm_([weight for weight in model.parameters() if weight.requires_grad], 1.0)
+        own, whole = step - phase.first, phase.last - phase.first
+        optimizer.step(learning_rate(own, whole, phase.peak_lr, warmup=50, decay_share=0.6))
         if (step + 1) % 100 == 0:
             log(step + 1, loss=loss.item(), squared_error=error.item())
-        if (step + 1) % 500 == 0 or step + 1 == steps:
+        if (step + 1) % 500 == 0 or step + 1 == phase.last:
             log(step + 1, held_out_squared_error=squared_error(model, test))
-            save(path, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
-    return model.eval().requires_grad_(False)
+            save(cache / "autoencoder.pt", model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
 
 
 def _loss(model: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,3 +113,13 @@ def _loss(model: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, tor
     error = (difference ** 2).mean()
     kl = posterior.kl().mean() / posterior.mean[0].numel()
     return error + 0.1 * difference.abs().mean() + KL_WEIGHT * kl, error.detach()
+
+
+def _decoder_loss(model: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    with mixed():
+        with torch.no_grad():
+            latents = model.encode(pixels).latent_dist.mode()
+        decoded = model.decode(latents).sample
+    difference = decoded.float() - pixels
+    error = (difference ** 2).mean()
+    return error + 0.3 * difference.abs().mean(), error.detach()

@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True, help="folder for downloads, pictures and checkpoints")
     parser.add_argument("--output", type=Path, default=MODEL, help="model folder to write")
     parser.add_argument("--autoencoder-steps", type=int, default=autoencoder.STEPS)
+    parser.add_argument("--decoder-steps", type=int, default=autoencoder.DECODER_STEPS, help="after those")
     parser.add_argument("--diffusion-steps", type=int, default=diffusion.STEPS)
     parser.add_argument("--diffusion-batch", type=int, default=diffusion.BATCH, help="pictures of a step of the UNet")
     parser.add_argument("--warm-start", type=Path, help="finished model folder whose UNet is trained further")
@@ -147,10 +148,11 @@ def main() -> None:
     cache = args.cache
     torch.set_flush_denormal(True)  # tiny gradients of rare words would slow every pass over them
     if args.warm_start:
-        warm_start(args.warm_start, cache, args.autoencoder_steps)
+        warm_start(args.warm_start, cache, args.autoencoder_steps + args.decoder_steps)
     made, drawings = world_of(cache)
     pictures.render_all(cache, made, drawings)
-    vae = autoencoder.train(cache, made, drawings, Log(cache / "log.jsonl", "autoencoder"), args.autoencoder_steps)
+    vae = autoencoder.train(
+        cache, made, drawings, Log(cache / "log.jsonl", "autoencoder"), args.autoencoder_steps, args.decoder_steps)
     captions = json.loads((cache / "captions.json").read_text())
     words = tokenizer.trained(captions, cache / "tokenizer")
     everything = invented.sprites_of(made, drawings, cache)

@@ -1,4 +1,4 @@
-"""What judges are shown: scenes of every subject, with labels and captions; some compositions are kept for the ceilings."""
+"""What judges are shown: scenes of every subject, labelled and captioned; the ceilings' compositions are kept apart."""
 
 import random
 import zlib
