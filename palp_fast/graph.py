@@ -18,6 +18,7 @@ import torch
 from palp_fast import backend
 
 WARM_UP = 2  # steps before the first capture: kernels are compiled, state is made, libraries take their workspaces
+NONE_ON_CPU = "there are none on a CPU"
 MOST = 16  # graphs; with several subjects there is one for each combination of them in a batch
 
 
@@ -151,18 +152,22 @@ class Cuda:
 def obstacle(device: str) -> str | None:
     """Why steps on a device can be no CUDA graphs, by what is known before any work; None if they can."""
     if device == "cpu":
-        return "there are none on a CPU"
+        return NONE_ON_CPU
     reason = backend.obstacle("adamw", torch.device(device), "cuda")
     return None if reason is None else f"the optimizers' own kernels are needed in a graph: {reason}"
 
 
 def graphs_of(asked: bool | str, device: str, models: list) -> Graphs:
-    """Those of a run by these models (predict.adapted); one line says why there are none. asked: the config's field."""
+    """Those of a run by these models (predict.adapted); asked: the config's field.
+
+    One line says why there are none, except on a CPU, where nobody expects them.
+    """
     reasons = ["cuda_graph is False" if asked is False else obstacle(device), *(each.graph_obstacle for each in models)]
     reason = next(filter(None, reasons), None)
     if reason is None:
         return Graphs(Cuda(torch.device(device)))
-    print(f"steps without CUDA graphs: {reason}", flush=True)
+    if reason != NONE_ON_CPU:
+        print(f"steps without CUDA graphs: {reason}", flush=True)
     return Graphs(None)
 
 

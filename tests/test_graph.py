@@ -366,7 +366,7 @@ def test_a_lack_of_memory_in_the_update_ends_the_run(folders, tmp_path, monkeypa
 
 def test_one_line_says_why_there_is_no_graph(folders, tmp_path, capsys, monkeypatch):
     Trainer(tiny.config(folders["sd"], tmp_path / "run"))
-    assert "steps without CUDA graphs: there are none on a CPU\n" in capsys.readouterr().out
+    assert "CUDA graphs" not in capsys.readouterr().out  # nobody expects them on a CPU
     Trainer(tiny.config(folders["sd"], tmp_path / "run", cuda_graph=False))
     assert "steps without CUDA graphs: cuda_graph is False\n" in capsys.readouterr().out
     monkeypatch.setattr(graph, "obstacle", lambda device: None)
