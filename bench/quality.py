@@ -28,9 +28,6 @@ from palp_fast.zoo.world import TARGETS, World
 STEPS = (100, 200, 300, 400, 500)
 PALP_STEP = 500  # where PALP is compared, fixed beforehand; DreamBooth is compared at its best
 IMAGES, SAMPLING_STEPS, GUIDANCE = 16, 25, 4.0
-# Where DreamBooth learns the subject and then forgets the prompt, and the lambda that held most of it there, of what
-# was tried on development subjects (docs/quality.md, "At lr 2e-3").
-FAIR = {"lr": 2e-3, "residual_weight": 0.1}
 BASE = "base"
 METHODS: dict[str, dict[str, Any]] = {
     "dreambooth": {"method": "dreambooth"},
@@ -60,8 +57,8 @@ class Plan:
 
 
 def common_settings() -> dict[str, Any]:
-    """FAIR, and the demo's settings without its subject: the same rank, rates and batch for every method."""
-    return {name: value for name, value in DEMO.items() if name not in _ONLY_HERE} | FAIR
+    """The demo's settings without its subject: the same rank, rates and batch for every method."""
+    return {name: value for name, value in DEMO.items() if name not in _ONLY_HERE}
 
 
 def methods_named(names: list[str]) -> dict[str, dict[str, Any]]:

@@ -261,12 +261,12 @@ def test_evaluate_tells_prompts_and_subjects_apart(shipped):
     def text(prompt):
         return evaluate(TRUTH, prompt, encoder=name)["text_alignment"]
 
-    true = text("a line drawing of a cow face on a blue background")
-    wrong = ("a flat illustration of a cow face on a blue background", "a line drawing of a cow face on grass",
+    true = text("a line drawing of a bus on a blue background")
+    wrong = ("a flat illustration of a bus on a blue background", "a line drawing of a bus on grass",
              "a line drawing of a teapot on a blue background", "a photo of a rocket in a night sky with stars")
     assert all(true > text(prompt) + 0.1 for prompt in wrong)
-    noun = text("a line drawing of an animal on a blue background")
-    assert noun > text("a line drawing of a car on a blue background")
+    noun = text("a line drawing of a car on a blue background")
+    assert noun > text("a line drawing of an animal on a blue background")
     alike = evaluate(PHOTOS[0], references=PHOTOS[1:], encoder=name)["image_alignment"]
     assert alike > evaluate(TRUTH, references=PHOTOS[1:], encoder=name)["image_alignment"]
 
@@ -299,8 +299,8 @@ def test_gates_ask_for_withheld_cells_class_nouns_and_held_out_names(world):
 
 def test_gates_score_captions_by_style(world):
     reader = judge.load()
-    cases = [check.Case("", "cow face", "render", "white"), check.Case("", "cow face", "render", "blue"),
-             check.Case("", "cow face", "line", "blue"), check.Case("", "teapot", "flat", "blue")]
+    cases = [check.Case("", "bus", "render", "white"), check.Case("", "bus", "render", "blue"),
+             check.Case("", "bus", "line", "blue"), check.Case("", "teapot", "flat", "blue")]
     pictures = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in (PHOTOS[0], PHOTOS[1], TRUTH, TRUTH)])
     found = gates.captions(reader, world, cases, pictures)
     assert found["render_background"] == 0.5 and found["render_style"] == found["line_top1"] == 1

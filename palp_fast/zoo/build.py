@@ -33,7 +33,7 @@ from palp_fast.zoo.training import Log, save
 
 PACKAGE = Path(__file__).parent
 MODEL = PACKAGE / "emoji-64"
-DEMO_SUBJECT = "cow face"
+DEMO_SUBJECT = "bus"
 
 
 def load_sprites(cache: Path) -> np.ndarray:
