@@ -109,10 +109,8 @@ def _loss(model: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, tor
     with mixed():
         posterior = model.encode(pixels).latent_dist
         decoded = model.decode(posterior.sample()).sample
-    difference = decoded.float() - pixels
-    error = (difference ** 2).mean()
-    kl = posterior.kl().mean() / posterior.mean[0].numel()
-    return error + 0.1 * difference.abs().mean() + KL_WEIGHT * kl, error.detach()
+    loss, error = _distance(decoded, pixels, 0.1)
+    return loss + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel(), error
 
 
 def _decoder_loss(model: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,6 +118,11 @@ def _decoder_loss(model: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Ten
         with torch.no_grad():
             latents = model.encode(pixels).latent_dist.mode()
         decoded = model.decode(latents).sample
+    return _distance(decoded, pixels, 0.3)
+
+
+def _distance(decoded: torch.Tensor, pixels: torch.Tensor, absolute: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean squared error + absolute x mean absolute error, mean squared error without its graph)."""
     difference = decoded.float() - pixels
     error = (difference ** 2).mean()
-    return error + 0.3 * difference.abs().mean(), error.detach()
+    return error + absolute * difference.abs().mean(), error.detach()
