@@ -37,7 +37,8 @@ from palp_fast import ConfigError, TrainConfig, Trainer, __version__, train
 from palp_fast.graph import WARM_UP
 from palp_fast.reference.dtypes import BASE_DTYPES
 from palp_fast.result import peak_memory_bytes, watch_memory
-from palp_fast.zoo.demo import CLASS_NOUN, CLASS_PHRASE, SUBJECT, TARGET, TOKEN
+from palp_fast.zoo.captions import noun_phrase
+from palp_fast.zoo.demo import CLASS_NOUN, SUBJECT, TARGET, TOKEN
 
 SIDES = {"emoji-64": 16, "sd15": 64, "sdxl": 128}  # of the latents at the model's own resolution
 CHANNELS = {"emoji-64": 8, "sd15": 4, "sdxl": 4}
@@ -91,7 +92,7 @@ def baseline(method: str, mode: str | None, case: Case) -> tuple[Callable, Calla
             raise Unavailable("it captures CUDA graphs: a CUDA device is needed")
         model = plain.load(
             _local(case.folder), tokens={TOKEN: CLASS_NOUN}, subject_prompts=[f"a photo of {TOKEN}"],
-            clean_prompt=TARGET.format(CLASS_PHRASE), rank=RANK, dtype=BASE_DTYPES[case.dtype],
+            clean_prompt=TARGET.format(noun_phrase(CLASS_NOUN)), rank=RANK, dtype=BASE_DTYPES[case.dtype],
             device=case.device)
         if mode is not None:
             tuned.tune(model, mode)

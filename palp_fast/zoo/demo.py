@@ -10,9 +10,10 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from palp_fast import TrainConfig, generate, train
+from palp_fast.zoo.captions import noun_phrase
 
 SUBJECT = Path(__file__).parent / "demo_subject"
-CLASS_NOUN, CLASS_PHRASE, TOKEN = "car", "a car", "mybus"
+CLASS_NOUN, TOKEN = "car", "mybus"
 TARGET = "a line drawing of {} on a blue background"
 SEEDS = (0, 1, 2, 3)  # of the compared pictures, fixed before any was drawn
 SAMPLING = {"n": len(SEEDS), "seed": SEEDS[0], "steps": 30, "guidance_scale": 5.0}
@@ -27,7 +28,7 @@ CELL, GAP, HEAD = 128, 6, 18
 def run(output: Path) -> Path:
     """Train both methods (or go on from their checkpoints), draw, and return the path of contact.png."""
     rows = {"photos": [Image.open(path) for path in sorted((SUBJECT / "photos").glob("*.png"))]}
-    rows["base, class noun"] = generate("emoji-64", TARGET.format(CLASS_PHRASE), **SAMPLING)
+    rows["base, class noun"] = generate("emoji-64", TARGET.format(noun_phrase(CLASS_NOUN)), **SAMPLING)
     for title, method in (("DreamBooth", "dreambooth"), ("PALP", "palp")):
         result = train(TrainConfig(**SETTINGS, method=method, output_dir=str(output / method)))
         print(f"{title}: {result.steps} steps, {result.seconds:.0f} s; {result.lora_kohya}")
