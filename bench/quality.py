@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 
-from palp_fast import ConfigError, TrainConfig
+from palp_fast import ConfigError, Subject, TrainConfig
 from palp_fast.zoo.demo import SETTINGS as DEMO
 from palp_fast.zoo.world import TARGETS, World
 
 STEPS = (100, 200, 300, 400, 500)
 PALP_STEP = 500  # where PALP is compared, fixed beforehand; DreamBooth is compared at its best
 IMAGES, SAMPLING_STEPS, GUIDANCE = 16, 25, 4.0
-BASE = "base"
+BASE, TOKEN, SUBJECT_PROMPT = "base", "mysubject", "a photo of [V]"
 METHODS: dict[str, dict[str, Any]] = {
     "dreambooth": {"method": "dreambooth"},
     "sds": {"method": "sds"},
@@ -38,12 +38,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "palp": {"method": "palp"},
 }
 QUICK = {"methods": ("dreambooth", "palp"), "targets": (0, 1, 3), "images": 8, "subjects": 4}
-_ONLY_HERE = ("model", "images", "class_noun", "token", "prompt", "method", "steps", "output_dir", "seed")
+_ONLY_HERE = (
+    "model", "images", "class_noun", "token", "prompt", "clean_prompt", "method", "steps", "output_dir", "seed")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared. methods: name -> fields of TrainConfig that differ from `settings`."""
+    """What is compared. methods: name -> fields of TrainConfig, or class_phrase, that differ from `settings`."""
 
     model: str
     subjects: tuple[str, ...]
@@ -54,6 +55,13 @@ class Plan:
     images: int = IMAGES
     sampling_steps: int = SAMPLING_STEPS
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def training(self, method: str, prompt: str, images: Any, class_noun: str, **own: Any) -> TrainConfig:
+        """The config of one training; a class_phrase among the fields stands for [V] in y_c, not the class noun."""
+        fields = self.settings | self.methods[method]
+        subject = Subject(images=images, class_noun=class_noun, placeholder="[V]", prompt=SUBJECT_PROMPT, token=TOKEN,
+                          class_phrase=fields.pop("class_phrase", None))
+        return TrainConfig(model=self.model, prompt=prompt, subjects=[subject], **fields, **own)
 
 
 def common_settings() -> dict[str, Any]:
@@ -105,8 +113,8 @@ def plan_of(args: argparse.Namespace, world: World) -> Plan:
         methods_named(args.method or list(QUICK["methods"] if args.quick else METHODS)),
         tuple(sorted(set(args.steps))), QUICK["images"] if args.quick else args.images, SAMPLING_STEPS,
         common_settings() | assignments(args.set))
-    for changes in plan.methods.values():
-        TrainConfig(model=plan.model, prompt=TARGETS[0][0], output_dir=".", **plan.settings | changes)
+    for method in plan.methods:
+        plan.training(method, TARGETS[0][0], "photos", "noun", output_dir=".")
     return plan
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench.quality import BASE, GUIDANCE, Plan
-from palp_fast import Subject, TrainConfig, Trainer, evaluate
+from bench.quality import BASE, GUIDANCE, SUBJECT_PROMPT, TOKEN, Plan
+from palp_fast import Subject, Trainer, evaluate
 from palp_fast.generate import sample
 from palp_fast.models import load_components, resolve
 from palp_fast.prompts import clean_prompt, fill
@@ -26,8 +26,7 @@ from palp_fast.zoo.render import Scene, compose
 from palp_fast.zoo.scores import MARKS, Wanted, diversity, marks
 from palp_fast.zoo.world import PERSONAL_BACKGROUNDS, TARGETS, World
 
-TOKEN, KEPT = "mysubject", 4  # pictures kept of each prompt and step
-SUBJECT_PROMPT = "a photo of [V]"
+KEPT = 4  # pictures kept of each prompt and step
 PERSONAL_SEED, TRUTH_SEED = 1000, 1100  # of the scenes; the demo's too
 
 
@@ -154,10 +153,10 @@ class Runs:
         """Rows of one training, for every run in `runs`; they differ in their targets alone."""
         plan, rows, first = self.plan, {run: [] for run in runs}, runs[0]
         with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(TrainConfig(
-                **plan.settings | plan.methods[first.method], model=plan.model, images=self.photos(first.subject),
-                class_noun=self.world.named(first.subject).class_noun, prompt=TARGETS[first.target][0], token=TOKEN,
-                steps=max(plan.steps), seed=first.seed, output_dir=folder, checkpoint_every=0))
+            trainer = Trainer(plan.training(
+                first.method, TARGETS[first.target][0], self.photos(first.subject),
+                self.world.named(first.subject).class_noun, steps=max(plan.steps), seed=first.seed,
+                output_dir=folder, checkpoint_every=0))
             pipeline, seconds = trainer.components.pipeline(), 0.0
             for metrics in trainer:
                 seconds += metrics["seconds"]

@@ -10,6 +10,7 @@ from bench.quality_report import Results
 from PIL import Image
 
 from palp_fast import ConfigError
+from palp_fast.prompts import clean_prompt
 from palp_fast.zoo.judge import JUDGES, available
 from palp_fast.zoo.world import World
 
@@ -55,6 +56,14 @@ def test_methods_are_named_with_their_fields():
     for wrong in ("lora", "palp:steps=3", "palp:lr"):
         with pytest.raises(ConfigError, match="allowed"):
             quality.methods_named([wrong])
+
+
+@pytest.mark.parametrize("phrase, clean", [("", "a line drawing of a car on grass"),
+                                           (":class_phrase=something", "a line drawing of something on grass")])
+def test_class_phrase_stands_for_the_subject_in_the_clean_prompt(phrase, clean):
+    plan = quality.Plan("emoji-64", ("bus",), (0,), (0,), quality.methods_named([f"palp{phrase}"]))
+    config = plan.training(f"palp{phrase}", "a line drawing of [V] on grass", "photos", "car", output_dir=".")
+    assert clean_prompt(config.prompt, config.subjects) == clean and config.subjects[0].class_noun == "car"
 
 
 def test_the_ablation_is_cumulative():

@@ -11,7 +11,7 @@ from PIL import Image
 
 from palp_fast.zoo import autoencoder, build, check, demo, diffusion, language, latents, muon, tokenizer
 from palp_fast.zoo.autoencoder import to_pixels
-from palp_fast.zoo.captions import STYLE_PHRASES, caption, noun_phrase
+from palp_fast.zoo.captions import ANYTHING, STYLE_PHRASES, caption, noun_phrase
 from palp_fast.zoo.render import SIDE, Portraits, Scene, compose, training_scene
 from palp_fast.zoo.sprites import TYPICAL
 from palp_fast.zoo.sprites import typical as find_typical
@@ -72,13 +72,25 @@ def test_only_typical_subjects_are_called_by_their_class_noun_alone(world, scene
     said = Counter()
     for scene in scenes:
         subject = world.subjects[scene.subjects[0]]
-        if len(scene.subjects) == 1 and scene.caption and subject.class_noun not in subject.name:
+        named = scene.caption and ANYTHING not in scene.caption
+        if len(scene.subjects) == 1 and named and subject.class_noun not in subject.name:
             words = f" {scene.caption.replace(',', '')} "
             short = f" {noun_phrase(subject.class_noun)} " in words
             assert short != (f" {noun_phrase(subject.name)} " in words), scene
             said[subject.typical, short] += 1
     assert said[False, True] == 0 and said[False, False] > 1000
     assert 0.5 < said[True, True] / (said[True, True] + said[True, False]) < 0.7
+
+
+def test_some_captions_leave_open_what_they_show(scenes):
+    """In every style, of one subject and of two; the word has no article."""
+    single = [scene for scene in scenes if len(scene.subjects) == 1 and scene.caption]
+    for style in STYLES:
+        of_style = [ANYTHING in scene.caption for scene in single if scene.style == style]
+        assert 0.05 < np.mean(of_style) < 0.11
+    pairs = [scene.caption for scene in scenes if len(scene.subjects) == 2]
+    assert any(f"{ANYTHING} and " in words for words in pairs) and any(f"and {ANYTHING}" in words for words in pairs)
+    assert not any(f"a {ANYTHING}" in scene.caption for scene in scenes)
 
 
 def test_typical_members_are_alike_and_unlike_the_rest(world):

@@ -19,12 +19,13 @@ SCENE_PHRASES = {
     "checkered floor": ("on a checkered floor",),
 }
 PLURAL_ENDINGS = ("ss", "us", "is")
+ANYTHING = "something"  # what a caption calls a subject that it leaves open
 
 
 def noun_phrase(name: str) -> str:
-    """Name with its article: "an owl", "the moon"-like names and plurals excepted ("grapes")."""
+    """Name with its article: "an owl"; plurals ("grapes") and ANYTHING have none."""
     last = name.split()[-1]
-    if last.endswith("s") and not last.endswith(PLURAL_ENDINGS):
+    if name == ANYTHING or last.endswith("s") and not last.endswith(PLURAL_ENDINGS):
         return name
     return f"{article(name)} {name}"
 
@@ -44,7 +45,7 @@ def background_phrase(background: str, draw: random.Random) -> str:
 def caption(style: str, nouns: list[str], background: str, draw: random.Random) -> str:
     """A caption in varied wording; one in ten is empty, some omit the style or the background.
 
-    nouns: one or two names or class nouns, left to right.
+    nouns: one or two names or class nouns, or ANYTHING, left to right.
     """
     if draw.random() < 0.1:
         return ""

@@ -14,7 +14,8 @@ from transformers import CLIPTextModel
 from palp_fast.zoo.coder import Mixture
 from palp_fast.zoo.training import Log, device, learning_rate, load, mixed, save
 
-STEPS, BATCH, PEAK_LR, WARMUP, DECAY_SHARE, EMA = 25100, 32, 6e-4, 200, 0.5, 0.998
+STEPS, BATCH, PEAK_LR, WARMUP, DECAY_SHARE, EMA = 27700, 32, 6e-4, 200, 0.5, 0.998
+EARLIER_SHARE = 0.5  # of a batch: timesteps from the first half, where style is lost
 CODED_SHARE = 0.25  # of a batch: captions that have a coded token in place of a name
 
 
@@ -94,6 +95,8 @@ def _loss(
 ) -> Tensor:
     noise = torch.randn(clean.shape, generator=draw).to(clean.device)
     timestep = torch.randint(len(alphas), (len(clean),), generator=draw)
+    earlier = torch.rand(len(clean), generator=draw) < EARLIER_SHARE
+    timestep = torch.where(earlier, timestep // 2, timestep)
     signal = alphas[timestep].sqrt().view(-1, 1, 1, 1).to(clean.device)
     sigma = (1 - alphas[timestep]).sqrt().view(-1, 1, 1, 1).to(clean.device)
     noisy = (signal * clean + sigma * noise).contiguous(memory_format=torch.channels_last)

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from palp_fast.zoo.captions import caption
+from palp_fast.zoo.captions import ANYTHING, caption
 from palp_fast.zoo.sprites import shrink
 from palp_fast.zoo.world import BACKGROUNDS, COLOURS, STYLES, Subject, World
 
 SIDE = 64
 CLASS_NOUNS = 0.6  # share of a typical subject's captions that say its class noun alone
+LEFT_OPEN = 0.08  # share of subjects that captions call "something": what style and background mean, whatever they show
 SHIFT = 4  # pixels that a subject may lie off the middle, each way
 
 
@@ -84,6 +85,8 @@ def training_scene(world: World, index: int, seed: int = 0) -> Scene:
 
 def _noun(subject: Subject, draw: float) -> str:
     """What a caption calls a subject: many say only "a bird" of a typical bird, none of a penguin; draw in [0, 1)."""
+    if draw >= 1 - LEFT_OPEN:
+        return ANYTHING
     return subject.class_noun if subject.typical and draw < CLASS_NOUNS else subject.name
 
 
