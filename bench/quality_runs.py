@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -221,8 +223,18 @@ _own: Runs | None = None  # of a worker process
 def _start(plan: Plan, world: World, cache: Path, folder: Path, threads: int) -> None:
     """Set up a worker process."""
     global _own
+    end_with_parent()
     torch.set_num_threads(threads)
     _own = Runs(plan, world, cache, folder)
+
+
+def end_with_parent() -> None:
+    """End this worker process when the one that started it is gone, however it was killed."""
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _work(runs: list[Run]) -> list[dict]:

@@ -1,6 +1,11 @@
 """bench/quality.py: its plan, its rows, its verdicts, and one tiny run of all of it."""
 
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,3 +193,41 @@ def test_jobs_give_the_rows_of_one_process(cache, tmp_path, monkeypatch):
     finally:
         torch.set_num_threads(threads)
     assert found["1"] == found["2"] and len(found["1"]) == 3
+
+
+POOL = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from bench.quality_runs import end_with_parent
+
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=end_with_parent)
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 600).result()
+"""
+
+
+def test_workers_end_when_the_run_is_killed(tmp_path):
+    """A file, not -c: spawned workers import the script that started them."""
+    script = tmp_path / "pool.py"
+    script.write_text(POOL)
+    paths = os.pathsep.join([str(Path(quality.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True,
+                           env=os.environ | {"PYTHONPATH": paths})
+    worker = int(run.stdout.readline())
+    os.kill(worker, 0)
+    run.kill()
+    run.wait()
+    deadline = time.monotonic() + 30
+    while _alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _alive(worker)
+
+
+def _alive(pid):
+    """Whether it runs: a process that has ended may wait to be collected."""
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
