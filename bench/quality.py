@@ -38,8 +38,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "palp": {"method": "palp"},
 }
 QUICK = {"methods": ("dreambooth", "palp"), "targets": (0, 1, 3), "images": 8, "subjects": 4}
-_ONLY_HERE = (
-    "model", "images", "class_noun", "token", "prompt", "clean_prompt", "method", "steps", "output_dir", "seed")
+_ONLY_HERE = ("model", "images", "class_noun", "subject_prompt", "subjects", "token", "prompt", "clean_prompt",
+              "method", "steps", "output_dir", "seed")
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def test_methods_are_named_with_their_fields():
     assert found["dreambooth"] == {"method": "dreambooth"}
     assert found["palp:residual_weight=0.3,timesteps=uniform"] == {
         "method": "palp", "residual_weight": 0.3, "timesteps": "uniform"}
-    for wrong in ("lora", "palp:steps=3", "palp:lr"):
+    for wrong in ("lora", "palp:steps=3", "palp:lr", "palp:clean_prompt=a car"):
         with pytest.raises(ConfigError, match="allowed"):
             quality.methods_named([wrong])
 
