@@ -97,7 +97,7 @@ def test_errors_of_quantised_weights(form, bounds, scene):
 
 
 @pytest.mark.parametrize(("kind", "bounds"), [
-    ("int8", {"eps": 0.012, "r": 0.03, "g": 0.0055}), ("fp16", {"eps": 6e-4, "r": 1.1e-3, "g": 3.5e-4})])
+    ("int8", {"eps": 0.032, "r": 0.03, "g": 0.0055}), ("fp16", {"eps": 6e-4, "r": 1.1e-3, "g": 3.5e-4})])
 def test_errors_of_inexact_products(kind, bounds, scene):
     """Against the same weights, exact: int8 ones, or those of the model, whose linear layers then take x in fp16."""
     unet = converted(scene[0], "int8" if kind == "int8" else None, in_half=kind == "fp16")[0]
