@@ -22,13 +22,14 @@ from typing import Any
 import torch
 
 from palp_fast import ConfigError, Subject, TrainConfig
+from palp_fast.config import SUBJECT_PROMPT
 from palp_fast.zoo.demo import SETTINGS as DEMO
 from palp_fast.zoo.world import TARGETS, World
 
 STEPS = (100, 200, 300, 400, 500)
 PALP_STEP = 500  # where PALP is compared, fixed beforehand; DreamBooth is compared at its best
 IMAGES, SAMPLING_STEPS, GUIDANCE = 16, 25, 4.0
-BASE, TOKEN, SUBJECT_PROMPT = "base", "mysubject", "a photo of [V]"
+BASE, TOKEN = "base", "mysubject"
 METHODS: dict[str, dict[str, Any]] = {
     "dreambooth": {"method": "dreambooth"},
     "sds": {"method": "sds"},

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench.quality import BASE, GUIDANCE, SUBJECT_PROMPT, TOKEN, Plan
+from bench.quality import BASE, GUIDANCE, TOKEN, Plan
 from palp_fast import Subject, Trainer, evaluate
+from palp_fast.config import SUBJECT_PROMPT
 from palp_fast.generate import sample
 from palp_fast.models import load_components, resolve
 from palp_fast.prompts import clean_prompt, fill
