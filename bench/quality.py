@@ -56,6 +56,17 @@ class Plan:
     images: int = IMAGES
     sampling_steps: int = SAMPLING_STEPS
     settings: dict[str, Any] = field(default_factory=dict)
+    only_step: int | None = None  # where methods other than DreamBooth end and are measured, if not at all of `steps`
+
+    def steps_of(self, method: str) -> tuple[int, ...]:
+        """Where a method is measured; its training ends at the last of them. The base has step 0 alone."""
+        if method == BASE:
+            return (0,)
+        return self.steps if self.only_step is None or self.sees_no_target(method) else (self.only_step,)
+
+    def sees_no_target(self, method: str) -> bool:
+        """Whether one training of the method serves every target."""
+        return self.methods[method]["method"] == "dreambooth"
 
     def training(self, method: str, prompt: str, images: Any, class_noun: str, **own: Any) -> TrainConfig:
         """The config of one training; a class_phrase among the fields stands for [V] in y_c, not the class noun."""
@@ -113,7 +124,7 @@ def plan_of(args: argparse.Namespace, world: World) -> Plan:
         tuple(args.target or (QUICK["targets"] if args.quick else range(len(TARGETS)))), tuple(args.seed or (0,)),
         methods_named(args.method or list(QUICK["methods"] if args.quick else METHODS)),
         tuple(sorted(set(args.steps))), QUICK["images"] if args.quick else args.images, SAMPLING_STEPS,
-        common_settings() | assignments(args.set))
+        common_settings() | assignments(args.set), args.palp_step if args.palp_step_only else None)
     for method in plan.methods:
         plan.training(method, TARGETS[0][0], "photos", "noun", output_dir=".")
     return plan
@@ -141,6 +152,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", action="append", type=int, default=[], help="of the training; repeatable")
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS), help="where a training is measured")
     parser.add_argument("--palp-step", type=int, default=PALP_STEP, help="the step at which PALP is compared")
+    parser.add_argument("--palp-step-only", action="store_true",
+                        help="end all methods but DreamBooth at --palp-step, and measure them there alone")
     parser.add_argument("--images", type=int, default=IMAGES, help="for each subject, prompt and step")
     parser.add_argument("--jobs", type=int, help="trainings at once (default: one a thread, up to 4; on a CUDA card 1)")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="for every method")

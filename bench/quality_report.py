@@ -182,7 +182,7 @@ def _strip(runs: Runs, run: Run, columns: int) -> Image.Image | None:
         return runs.photos(run.subject)[0]
     if run.method == "truth":
         return runs.truth(run.subject, run.target)
-    path = runs.pictures_path(run, 0 if run.method == BASE else max(runs.plan.steps))
+    path = runs.pictures_path(run, max(runs.plan.steps_of(run.method)))
     return Image.open(path).crop((0, 0, columns * CELL, CELL)) if path.exists() else None
 
 

@@ -69,13 +69,12 @@ class Runs:
 
     def rows(self) -> list[dict]:
         """The rows of this plan that are there, in the order of the plan."""
-        found = self._stored()
-        return [row for run in self.wanted() for row in found.get(self.digest(run), [])]
+        return [row for rows in self._done().values() for row in rows]
 
     def run(self, jobs: int = 1) -> None:
         """Do what is not there yet, `jobs` trainings at once."""
-        done = self._stored()
-        wanted = [run for run in self.wanted() if self.digest(run) not in done]
+        done = self._done()
+        wanted = [run for run in self.wanted() if run not in done]
         self.folder.mkdir(parents=True, exist_ok=True)
         left = len(wanted)
         for runs, rows in self._results(self._trainings(wanted), jobs):
@@ -103,7 +102,7 @@ class Runs:
         """Runs that share one training: DreamBooth never sees the target, so that one serves all of a subject's."""
         while wanted:
             first, runs = wanted[0], wanted[:1]
-            if first.method != BASE and self.plan.methods[first.method]["method"] == "dreambooth":
+            if first.method != BASE and self.plan.sees_no_target(first.method):
                 runs = [run for run in wanted if replace(run, target=first.target) == first]
             yield runs
             wanted = [run for run in wanted if run not in runs]
@@ -117,7 +116,7 @@ class Runs:
     def digest(self, run: Run) -> str:
         """Of all that decides a run's rows: model weights, settings, sampling, judges."""
         plan = self.plan
-        own = [] if run.method == BASE else [plan.settings | plan.methods[run.method], plan.steps]
+        own = [] if run.method == BASE else [plan.settings | plan.methods[run.method], plan.steps_of(run.method)]
         judged = {name: judge.digest for name, judge in self.judges.items()}
         facts = [self._model_digest, judged, run.subject, TARGETS[run.target], run.method, run.seed, plan.images,
                  plan.sampling_steps, GUIDANCE, own]
@@ -155,15 +154,16 @@ class Runs:
     def _training_rows(self, runs: list[Run]) -> list[dict]:
         """Rows of one training, for every run in `runs`; they differ in their targets alone."""
         plan, rows, first = self.plan, {run: [] for run in runs}, runs[0]
+        steps = plan.steps_of(first.method)
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(plan.training(
                 first.method, TARGETS[first.target][0], self.photos(first.subject),
-                self.world.named(first.subject).class_noun, steps=max(plan.steps), seed=first.seed,
+                self.world.named(first.subject).class_noun, steps=max(steps), seed=first.seed,
                 output_dir=folder, checkpoint_every=0))
             pipeline, seconds = trainer.components.pipeline(), 0.0
             for metrics in trainer:
                 seconds += metrics["seconds"]
-                for run in runs if trainer.step in plan.steps else ():
+                for run in runs if trainer.step in steps else ():
                     prompt = fill(TARGETS[run.target][0], {"[V]": TOKEN})
                     row = self._row(run, trainer.step, self._draw(pipeline, prompt, run.seed))
                     rows[run].append(row | {"train_seconds": round(seconds, 2), "token_norm": metrics["token_norm"]})
@@ -205,8 +205,8 @@ class Runs:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.concatenate([np.asarray(picture.convert("RGB")) for picture in pictures], 1)).save(path)
 
-    def _stored(self) -> dict[str, list[dict]]:
-        """digest -> rows of the runs that are complete; lines cut short by a kill are passed over."""
+    def _done(self) -> dict[Run, list[dict]]:
+        """Run -> its rows, of the runs that are complete; lines cut short by a kill are passed over."""
         found: dict[str, dict[int, dict]] = {}
         for line in self.rows_path.read_text().splitlines() if self.rows_path.exists() else []:
             try:
@@ -214,8 +214,9 @@ class Runs:
             except ValueError:
                 continue
             found.setdefault(row["digest"], {})[row["step"]] = row
-        return {digest: list(rows.values()) for digest, rows in found.items()
-                if rows.keys() in ({0}, set(self.plan.steps))}
+        stored = {run: found.get(self.digest(run), {}) for run in self.wanted()}
+        return {run: list(rows.values()) for run, rows in stored.items()
+                if rows.keys() == set(self.plan.steps_of(run.method))}
 
 
 _own: Runs | None = None  # of a worker process

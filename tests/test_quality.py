@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,13 @@ def test_class_phrase_stands_for_the_subject_in_the_clean_prompt(phrase, clean):
     assert clean_prompt(config.prompt, config.subjects) == clean and config.subjects[0].class_noun == "car"
 
 
+def test_only_dreambooth_is_measured_on_the_way_where_one_step_is_asked_for():
+    methods = quality.methods_named(["dreambooth", "dreambooth:rank=2", "palp", "sds"])
+    plan = quality.Plan("emoji-64", ("bus",), (0,), (0,), methods, steps=(1, 2, 3), only_step=2)
+    assert [plan.steps_of(method) for method in ("base", *methods)] == [(0,), (1, 2, 3), (1, 2, 3), (2,), (2,)]
+    assert replace(plan, only_step=None).steps_of("palp") == (1, 2, 3)
+
+
 def test_the_ablation_is_cumulative():
     assert not quality.METHODS["palp different noise"]["rescale"] and not quality.METHODS["palp same noise"]["rescale"]
     assert not quality.METHODS["palp different noise"]["same_noise"]
@@ -91,7 +99,7 @@ def test_the_halves_are_apart():
 
     world = World.load()
     lists = dict.fromkeys(("subject", "target", "seed", "method", "set"), [])
-    options = {"model": "emoji-64", "quick": False, "steps": [500], "images": 16} | lists
+    options = {"model": "emoji-64", "quick": False, "steps": [500], "images": 16, "palp_step_only": False} | lists
     plans = [quality.plan_of(Namespace(acceptance=half, **options), world) for half in (False, True)]
     assert [len(plan.subjects) for plan in plans] == [20, 21]
     assert {world.named(name).role for name in plans[0].subjects} == {"development"}
@@ -164,6 +172,15 @@ def test_a_tiny_run_from_training_to_report(cache, tmp_path, capsys):
         seconds = "train_seconds"
         assert {key: value for key, value in again[-1].items() if key != seconds} == {
             key: value for key, value in json.loads(lines[-1]).items() if key != seconds}
+        # PALP to one step alone: DreamBooth's rows hold, PALP's is of its own training, shorter than DreamBooth's.
+        quality.main([*arguments, "--palp-step", "1", "--palp-step-only"])
+        assert "0 of 1 left" in capsys.readouterr().out
+        last = json.loads((output / "rows.jsonl").read_text().splitlines()[-1])
+        assert (last["method"], last["step"]) == ("palp", 1)
+        assert "| palp | 1 |" in (output / "report.md").read_text() and "| palp | 2 |" not in (
+            output / "report.md").read_text()
+        quality.main(arguments)
+        capsys.readouterr()
         # DreamBooth never sees the target: one training gives the rows of all, the same as one for each.
         quality.main(arguments[:-10] + ["--target", "0", "--method", "dreambooth", *arguments[-6:],
                                        "--output", str(tmp_path / "both")])
