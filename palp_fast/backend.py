@@ -28,7 +28,7 @@ TRITON = (
 _TORCH = ("frozen_conv2d", "frozen_linear")  # products, left to torch's libraries
 _EVERYWHERE = tuple(name for name in OPERATORS if name not in (*_TORCH, *TRITON))
 # By device type, the operators that csrc/ has for it.
-COMPILED = {"cpu": _EVERYWHERE, "cuda": _EVERYWHERE}
+COMPILED = {"cpu": (*_EVERYWHERE, "geglu", "group_norm_silu"), "cuda": _EVERYWHERE}
 TITLES = {"cpu": "C++", "cuda": "CUDA"}
 
 LIBRARY_FOLDER = Path(__file__).parent / "lib"

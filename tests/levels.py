@@ -41,7 +41,24 @@ def results() -> list[torch.Tensor]:
         drawn = sampler.sample(7, step)
         sampler.update(drawn[0], drawn[0].float() + 0.1)
         out += drawn
-    return out + list(sampler.state_dict().values()) + updates()
+    return out + list(sampler.state_dict().values()) + updates() + layers()
+
+
+def layers() -> list[torch.Tensor]:
+    """The frozen layers, in both layouts."""
+    out = []
+    draw = torch.Generator().manual_seed(2)
+    image, rows = torch.randn(2, 60, 9, 13, generator=draw), 4 * torch.randn(7, 2 * 333, generator=draw)
+    weight, bias = torch.randn(2, 60, generator=draw)
+    formats = torch.channels_last, torch.contiguous_format
+    for dtype, layout in itertools.product((torch.float32, torch.bfloat16, torch.float16), formats):
+        x = image.to(dtype).contiguous(memory_format=layout).requires_grad_()
+        y = functional.group_norm_silu(x, 6, weight, bias, **OPTIONS)
+        out += [y.detach(), *torch.autograd.grad(y.float().square().sum(), x)]
+        x = rows.to(dtype).requires_grad_()
+        y = functional.geglu(x, **OPTIONS)
+        out += [y.detach(), *torch.autograd.grad(y.float().square().sum(), x)]
+    return out
 
 
 def updates() -> list[torch.Tensor]:

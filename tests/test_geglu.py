@@ -1,8 +1,10 @@
 """geglu: against torch's own, in every dtype; what it keeps; bad input."""
 
+from functools import partial
+
 import pytest
 import torch
-from close import assert_as_good
+from close import BACKENDS, NEEDS_LIBRARY, assert_as_good, assert_close
 from saved import saved_bytes
 from torch._subclasses import FakeTensorMode
 
@@ -15,10 +17,11 @@ def plain(x):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_values_and_gradient(dtype):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_and_gradient(backend, dtype):
     x, grad = (3 * torch.randn(4, 7, 24)).to(dtype), torch.randn(4, 7, 12).to(dtype)
     results = []
-    for function, values in ((PF.geglu, x), (plain, x), (plain, x.double())):
+    for function, values in ((partial(PF.geglu, backend=backend), x), (plain, x), (plain, x.double())):
         leaf = values.detach().requires_grad_()
         out = function(leaf)
         results.append((out, *torch.autograd.grad(out, leaf, grad.to(out.dtype))))
@@ -27,9 +30,36 @@ def test_values_and_gradient(dtype):
         assert_as_good(mine, peer, truth, 1e-6, name)
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(backend):
     x = torch.randn(3, 14, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(PF.geglu, x)
+    assert torch.autograd.gradcheck(partial(PF.geglu, backend=backend), x)
+
+
+@NEEDS_LIBRARY
+def test_compiled_version_over_all_that_counts_of_gelu():
+    g = torch.cat([torch.linspace(-30, 30, 200_001), torch.tensor([0.0, -0.0, 1e-30, -1e4, 1e4])]).requires_grad_()
+    h = torch.ones_like(g)
+    made = PF.geglu(torch.cat([h, g]), backend="cpu")
+    wide = g.detach().double().requires_grad_()
+    true = torch.nn.functional.gelu(wide)
+    assert ((made - true).abs() <= 3e-7 * (1 + wide.abs())).all()
+    (slope,), (true_slope,) = torch.autograd.grad(made.sum(), g), torch.autograd.grad(true.sum(), wide)
+    assert (slope - true_slope).abs().max() <= 1e-6
+    assert PF.geglu(torch.tensor([1.0, float("nan")]), backend="cpu").isnan().all()
+
+
+@NEEDS_LIBRARY
+def test_compiled_version_takes_any_strides_and_sizes():
+    x = torch.randn(3, 5, 14).mT.contiguous().mT
+    assert_close(PF.geglu(x, backend="cpu"), PF.geglu(x, backend="reference"), 1e-6)
+    leaf = x.detach().requires_grad_()
+    (dx,) = torch.autograd.grad(PF.geglu(leaf, backend="cpu").sum(), leaf)  # a gradient of stride 0
+    assert_close(dx, torch.autograd.grad(PF.geglu(leaf, backend="reference").sum(), leaf)[0], 1e-6)
+    for shape in ((0, 4), (3, 0), (2,), (1, 2050)):
+        made = PF.geglu(torch.ones(shape), backend="cpu")
+        assert made.shape == (*shape[:-1], shape[-1] // 2)
+        assert_close(made, PF.geglu(torch.ones(shape), backend="reference"), 1e-6)
 
 
 def test_keeps_its_input_alone():

@@ -1,9 +1,11 @@
 """group_norm_silu: against torch's own, in every dtype and layout; what it keeps; autocast; bad input."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
-from close import NEEDS_CUDA, assert_as_good, assert_close
+from close import BACKENDS, NEEDS_CUDA, NEEDS_LIBRARY, assert_as_good, assert_close
 from saved import saved_bytes
 from torch._subclasses import FakeTensorMode
 
@@ -39,10 +41,11 @@ def with_gradient(function, x, grad, dtype, **options):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("silu", [True, False])
-def test_values_and_gradient(silu, dtype, layout):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_and_gradient(backend, silu, dtype, layout):
     x = LAYOUTS[layout]((2 * torch.randn(SHAPE) + 1).to(dtype))
     grad = torch.randn_like(x)
-    made = with_gradient(PF.group_norm_silu, x, grad, torch.float32, silu=silu)
+    made = with_gradient(PF.group_norm_silu, x, grad, torch.float32, silu=silu, backend=backend)
     peer = with_gradient(plain, x, grad, dtype, silu=silu)
     truth = with_gradient(plain, x.double(), grad, torch.float64, silu=silu)
     for name, mine, its, true in zip(("output", "x"), made, peer, truth):
@@ -52,16 +55,42 @@ def test_values_and_gradient(silu, dtype, layout):
 
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("given", [True, False])
-def test_gradcheck(given, silu):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(backend, given, silu):
     x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
     weight, bias = parameters(torch.float64) if given else (None, None)
-    assert torch.autograd.gradcheck(lambda x: PF.group_norm_silu(x, GROUPS, weight, bias, silu=silu), x)
+    norm = functools.partial(PF.group_norm_silu, num_groups=GROUPS, weight=weight, bias=bias, backend=backend)
+    assert torch.autograd.gradcheck(lambda x: norm(x, silu=silu), x)
 
 
-def test_shapes_without_pixels_and_empty_ones():
+@NEEDS_LIBRARY
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize(("groups", "shape"), [
+    (32, (2, 320, 9, 7)), (16, (3, 192, 4, 4)), (1, (2, 300, 5, 3)), (30, (1, 30, 5, 2)), (4, (2, 20, 3, 4, 5)),
+    (5, (2, 20, 130)), (4, (2, 20))])
+def test_compiled_version_has_the_reference_values(groups, shape, last):
+    if last and len(shape) > 2:
+        x = torch.randn(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+    else:
+        x = torch.randn(shape)
+    weight, bias = torch.randn(2, shape[1])
+    grads = torch.randn(shape), torch.randn_like(x), torch.randn(()).expand(shape)
+    for grad in grads:  # of other layouts than x, too
+        results = []
+        for backend in ("cpu", "reference"):
+            leaf = (x + 1).requires_grad_()
+            out = PF.group_norm_silu(leaf, groups, weight, bias, backend=backend)
+            results.append((out, *torch.autograd.grad(out, leaf, grad)))
+        for mine, its in zip(*results):
+            assert mine.stride() == its.stride()
+            assert_close(mine, its, 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shapes_without_pixels_and_empty_ones(backend):
     for shape in ((2, 6), (0, 6, 2, 2), (2, 6, 0, 2)):
         x = torch.randn(shape, requires_grad=True)
-        y = PF.group_norm_silu(x, GROUPS)
+        y = PF.group_norm_silu(x, GROUPS, backend=backend)
         y.sum().backward()
         assert y.shape == x.grad.shape == shape and y.isfinite().all()
 
@@ -105,6 +134,25 @@ def test_keeps_its_input_and_statistics_alone(channels, size):
         torchs = saved_bytes(lambda: plain(x, 32, weight, bias), weight, bias)
     assert mine == 2 * x.numel() + 2 * 4 * 2 * 32
     assert torchs > 2 * 2 * x.numel()  # and what SiLU takes
+
+
+@NEEDS_LIBRARY
+def test_a_mean_of_ten_standard_deviations_costs_no_digits_of_channels_last():
+    x = torch.randn(2, 32, 16, 16).to(memory_format=torch.channels_last) + 10
+    assert_close(PF.group_norm_silu(x, 4, silu=False), F.group_norm(x.double(), 4), 1e-6)
+
+
+@NEEDS_LIBRARY
+def test_silu_of_large_and_missing_numbers():
+    x = torch.tensor([-1e4, -100.0, -20.0, 0.0, 20.0, 1e4]).view(1, 1, 6, 1)
+    weight, bias = torch.tensor([1.0]), torch.tensor([0.0])
+    made = torch.ops.palp_fast.group_norm_silu_bwd(  # silu' where statistics do nothing but pass x on
+        torch.ones_like(x), x, torch.zeros(1, 1), torch.ones(1, 1), weight, bias, False)
+    assert made.isfinite().all()
+    y = PF.group_norm_silu(x, 1, weight * 1e3, bias)
+    assert_close(y, F.silu(F.group_norm(x.double(), 1, weight.double() * 1e3, bias.double())), 1e-6)
+    x[0, 0, 0] = float("nan")
+    assert PF.group_norm_silu(x, 1).isnan().all()
 
 
 @NEEDS_CUDA

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "palp_fast/add_noise.h"
+#include "palp_fast/layers.h"
 #include "palp_fast/optimizer.h"
 #include "palp_fast/renoise.h"
 #include "palp_fast/score_combination.h"
@@ -28,6 +29,8 @@ struct ImageKernels {
   void (*renoise_bwd)(const RenoiseBackwardParams&, ParallelFor);
   void (*add_noise_fwd)(const AddNoiseParams&, ParallelFor);
   void (*add_noise_bwd)(const AddNoiseBackwardParams&, ParallelFor);
+  void (*group_norm_fwd)(const GroupNormParams<Real>&, ParallelFor);
+  void (*group_norm_bwd)(const GroupNormBackwardParams<Real>&, ParallelFor);
 };
 
 struct OptimizerKernels {
@@ -48,6 +51,7 @@ struct Kernels {
   ImageKernels<float> f32;
   ImageKernels<double> f64;
   OptimizerKernels optimizer;
+  void (*geglu)(const GegluParams&, ParallelFor);
   void (*timestep_sample)(const TimestepSampleParams&, const TimestepScratch&);
   void (*timestep_update)(const TimestepUpdateParams&, double* added);  // scratch [2 bins]
   // out [count, 4] from counters [count, 4] and key [2].

@@ -9,6 +9,7 @@ from torch import nn
 
 from palp_fast import methods, offload
 from palp_fast.memory import parts as inside
+from palp_fast.memory.inner import plain
 from palp_fast.memory.models import Configs, Parts, nbytes, parts_of
 from palp_fast.memory.step import Other, Sizes, fixed_prompts, step
 from palp_fast.memory.tape import Ledger, Tape
@@ -120,7 +121,7 @@ class _Run:
         item, self.their_item = (BASE_DTYPES[compute_dtype(cfg, which)].itemsize for which in (False, True))
         scale = 2 ** (len(parts.vae.config.block_out_channels) - 1)
         subjects = min(cfg.batch_size, len(cfg.subjects))
-        self.sizes = Sizes(cfg.batch_size, resolution // scale, _tokens(parts), subjects, item, self.on_card)
+        self.sizes = Sizes(cfg.batch_size, resolution // scale, _tokens(parts), subjects, item, plain(cfg))
         latents = photos * (resolution // scale) ** 2 * parts.vae.config.latent_channels * _FP32
         self.unet, self.vae = nbytes(parts.unet), nbytes(parts.vae)
         self.text = sum(map(nbytes, parts.encoders))
@@ -221,7 +222,7 @@ class _Run:
         if self.parts.stock is not None:
             two = [methods.Pass(name, name, methods.STUDENT) for name in ("clean", "empty")]
             return self.parts.stock.without_grad(replace(sizes, batch=1), two)
-        tape = Tape(ledger, sizes.itemsize, False, self.on_card)
+        tape = Tape(ledger, sizes.itemsize, False, sizes.plain)
         Pass(tape, self.parts.unet, 2, sizes.side, sizes.tokens, adapted=2, count=2, computed=2).run()
         return ledger.peak
 

@@ -34,14 +34,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a step: samples, latents' side, prompt tokens, subjects in a batch, bytes of a number; on a card or a CPU."""
+    """Of a step: samples, latents' side, prompt tokens, subjects in a batch, bytes of a number.
+
+    plain: the kinds of operators that plain PyTorch computes (memory/inner.py).
+    """
 
     batch: int
     side: int
     tokens: int
     subjects: int
     itemsize: int
-    on_card: bool = True
+    plain: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class _Taped:
     """The prediction of a lean UNet with its graph, in the ledger; `backward` frees what it keeps."""
 
     def __init__(self, ledger: Ledger, unet: nn.Module, cfg, sizes: Sizes, grown: bool):
-        self.tape = Tape(ledger, sizes.itemsize, True, sizes.on_card)
+        self.tape = Tape(ledger, sizes.itemsize, True, sizes.plain)
         self.prediction = Pass(
             self.tape, unet, sizes.batch, sizes.side, sizes.tokens, adapted=sizes.batch, count=sizes.batch,
             computed=sizes.subjects, prompt_grad=cfg.learn_token).run()
@@ -145,7 +148,7 @@ def _without_grad(
     others = {(one.prompt, one.lora_scale) for one in group if one.lora_scale != methods.TEACHER}
     computed = sum(sizes.subjects if prompt == "subject" else 1 for prompt, _ in others)
     Pass(
-        Tape(ledger, sizes.itemsize, False, sizes.on_card), unet, sizes.batch, sizes.side, sizes.tokens,
+        Tape(ledger, sizes.itemsize, False, sizes.plain), unet, sizes.batch, sizes.side, sizes.tokens,
         adapted=sizes.batch * len(factors), count=sizes.batch * len(group), computed=computed, fixed=fixed,
         lora=factors != {methods.TEACHER}, waits=waits).run()
     return ledger.peak

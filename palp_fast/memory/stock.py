@@ -61,7 +61,7 @@ class StockUNet:
             if part is not None:
                 part.requires_grad_(learned)
         x, t, index = self._sample(sizes), self._timesteps(sizes), [i % sizes.subjects for i in range(sizes.batch)]
-        with _as_on_a_device(), Alive(self._known(), partial(_inside_lora, sizes.on_card)) as alive:
+        with _as_on_a_device(), Alive(self._known(), partial(_inside_lora, sizes.plain)) as alive:
             made = self.predictions.with_graph(x, t, prompts, index)
             forward, saved = alive.peak, alive.alive
             alive.mark()
@@ -83,7 +83,7 @@ class StockUNet:
         self.predictions.fix({one.prompt: self._prompts(1, sizes.tokens) for one in passes}, passes)
         subject, index = self._prompts(1, sizes.tokens), [0] * sizes.batch
         x, t = self._sample(sizes), self._timesteps(sizes)
-        with _as_on_a_device(), Alive(self._known(), partial(_inside_lora, sizes.on_card)) as alive:
+        with _as_on_a_device(), Alive(self._known(), partial(_inside_lora, sizes.plain)) as alive:
             self.predictions.without_graph(x, t, subject, index, passes)
             return alive.peak
 
@@ -145,14 +145,14 @@ class Alive(TorchDispatchMode):
         self.alive -= nbytes
 
 
-def _inside_lora(on_card: bool, func, args) -> int:
+def _inside_lora(plain: frozenset[str], func, args) -> int:
     """What LoRA takes for itself."""
     if func.namespace != "palp_fast" or "lora_linear" not in func._schema.name:
         return 0
     is_backward = func._schema.name.endswith("_bwd")
     x, weight = args[1 if is_backward else 0], args[1]
     numbers = x.numel() // x.shape[-1] * weight.shape[0]
-    return inner("lora_linear", numbers, x.dtype.itemsize, on_card)["back" if is_backward else "scratch"]
+    return inner("lora_linear", numbers, x.dtype.itemsize, plain)["back" if is_backward else "scratch"]
 
 
 @contextlib.contextmanager

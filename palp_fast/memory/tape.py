@@ -66,8 +66,8 @@ class Node:
 class Tape:
     """Runs operators: counts what they make, remembers what they keep for the backward pass, and runs that."""
 
-    def __init__(self, ledger: Ledger, itemsize: int, grad: bool, on_card: bool = True):
-        self.ledger, self.itemsize, self.grad, self.on_card = ledger, itemsize, grad, on_card
+    def __init__(self, ledger: Ledger, itemsize: int, grad: bool, plain: frozenset[str] = frozenset()):
+        self.ledger, self.itemsize, self.grad, self.plain = ledger, itemsize, grad, plain
         self.nodes: list[Node] = []
         self.leaf_gradients: list[Buffer] = []
 

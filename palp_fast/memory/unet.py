@@ -224,7 +224,7 @@ class Pass:
 
     def inside(self, kind: str, sizes: tuple[int, int, int], dense: int = 0) -> dict[str, int]:
         """What an operator takes for itself, with a dequantised weight of `dense` bytes."""
-        found = inner(kind, sizes[0] * sizes[1] * sizes[2], self.tape.itemsize, self.tape.on_card)
+        found = inner(kind, sizes[0] * sizes[1] * sizes[2], self.tape.itemsize, self.tape.plain)
         return {name: size + dense for name, size in found.items()}
 
     def dense(self, layer) -> int:
