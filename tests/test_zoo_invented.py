@@ -133,6 +133,15 @@ def test_coded_tokens_take_the_coders_embeddings(mixture, words):
     assert moved.cpu().tolist() == [False] * 5 + marked.tolist() and marked.any()
 
 
+def test_scenes_of_two_are_drawn_as_often_as_said(world):
+    chances = build.picture_chances(world, 400)
+    pairs = torch.tensor([len(training_scene(world, index).subjects) == 2 for index in range(400)])
+    assert 0.08 < pairs.float().mean() < 0.22 and (chances == torch.where(pairs, diffusion.PAIRS, 1.0)).all()
+    captions = Captions(torch.zeros(400, 96, dtype=torch.int64), np.zeros((400, 3, 16, 16)), chances=chances)
+    drawn = pairs[captions.rows(20_000, torch.Generator().manual_seed(0))].float().mean()
+    assert abs(drawn - chances[pairs].sum() / chances.sum()) < 0.02
+
+
 def test_text_encoder_and_coder_learn_what_captions_look_like(mixture, words):
     encoder, losses = language.build_text_encoder(words), []
     language.train(encoder, mixture, lambda step, **loss: losses.append(loss), steps=200, batch=6)

@@ -28,7 +28,7 @@ from palp_fast.zoo import (
     world,
 )
 from palp_fast.zoo.coder import Captions, Coder, Mixture, mark_ids, small_renders
-from palp_fast.zoo.render import Scene, compose
+from palp_fast.zoo.render import Scene, compose, training_scene
 from palp_fast.zoo.training import Log, save
 
 PACKAGE = Path(__file__).parent
@@ -82,10 +82,17 @@ def mixtures(
     for kind, files, share in (("portraits", ("portraits.npy", "coded_portraits.npy"), language.CODED_SHARE),
                                ("pictures", ("latents.npy", "coded_latents.npy"), diffusion.CODED_SHARE)):
         shown, coded_shown = (np.load(cache / file) for file in files)
+        chances = picture_chances(made, len(shown)) if kind == "pictures" else None
         found[kind] = Mixture(
-            Captions(ids[:len(shown)], shown), Captions(coded_ids[:len(coded_shown)], coded_shown, coded_renders),
+            Captions(ids[:len(shown)], shown, chances=chances), Captions(coded_ids[:len(coded_shown)], coded_shown, coded_renders),
             mark_ids(words), coder, scaling, share)
     return found
+
+
+def picture_chances(made: world.World, count: int) -> torch.Tensor:
+    """How often the UNet sees each of the first pictures, relative to the others, fp32 [count]."""
+    pairs = torch.tensor([len(training_scene(made, index).subjects) == 2 for index in range(count)])
+    return torch.where(pairs, diffusion.PAIRS, 1.0)
 
 
 def assemble(vae, encoder, unet, words, scaling: float, target: Path) -> None:

@@ -62,12 +62,20 @@ class Captions:
     """Captions and what they show.
 
     ids: int64 [captions, tokens]; latents: fp16 [captions, channels, side, side], unscaled; renders: uint8
-    [captions, 4, 32, 32], the subjects of the coded tokens in captions that have one, as `Coder` reads them.
+    [captions, 4, 32, 32], the subjects of the coded tokens in captions that have one, as `Coder` reads them; chances:
+    fp32 [captions], how often one is drawn, relative to the others; None: all alike.
     """
 
     ids: Tensor
     latents: np.ndarray
     renders: Tensor | None = None
+    chances: Tensor | None = None
+
+    def rows(self, count: int, generator: torch.Generator) -> Tensor:
+        """The captions of a batch, int64 [count]."""
+        if self.chances is None:
+            return torch.randint(len(self.ids), (count,), generator=generator)
+        return torch.multinomial(self.chances, count, replacement=True, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -92,8 +100,7 @@ class Mixture:
     def draw(self, encoder: CLIPTextModel, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Hidden states [size, tokens, width], scaled latents fp32 [size, channels, side, side] of a random batch."""
         named, coded = self.split(size)
-        rows = torch.randint(len(self.named.ids), (named,), generator=generator)
-        coded_rows = torch.randint(len(self.invented.ids), (coded,), generator=generator)
+        rows, coded_rows = self.named.rows(named, generator), self.invented.rows(coded, generator)
         latents = [self.named.latents[rows.numpy()], self.invented.latents[coded_rows.numpy()]]
         coded_ids = self.invented.ids[coded_rows]
         marked = torch.isin(coded_ids, self.marks)

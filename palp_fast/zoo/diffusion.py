@@ -14,9 +14,10 @@ from transformers import CLIPTextModel
 from palp_fast.zoo.coder import Mixture
 from palp_fast.zoo.training import Log, device, learning_rate, load, mixed, save
 
-STEPS, BATCH, PEAK_LR, WARMUP, DECAY_SHARE, EMA = 27700, 32, 6e-4, 200, 0.5, 0.998
+STEPS, BATCH, PEAK_LR, WARMUP, DECAY_SHARE, EMA = 31700, 32, 6e-4, 200, 0.5, 0.998
 EARLIER_SHARE = 0.5  # of a batch: timesteps from the first half, where style is lost
 CODED_SHARE = 0.25  # of a batch: captions that have a coded token in place of a name
+PAIRS = 5.0  # times as often as scenes of one subject, scenes of two are drawn: the UNet learns them last
 
 
 def build_unet() -> UNet2DConditionModel:
