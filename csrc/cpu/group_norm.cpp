@@ -86,23 +86,30 @@ void store_block(const Real* PALP_RESTRICT from, const ImageTarget& target, cons
   }
 }
 
+// Tensors computed in fp64 are stored in it, and others never.
 template <typename Real, bool kLast>
 void load(const ImageView& view, const Shape& shape, const Block& block, Real* to) {
-  switch (view.dtype) {
-    case DType::float16: return load_block<Half, Real, kLast>(view, shape, block, to);
-    case DType::bfloat16: return load_block<BFloat16, Real, kLast>(view, shape, block, to);
-    case DType::float64: return load_block<double, Real, kLast>(view, shape, block, to);
-    default: return load_block<float, Real, kLast>(view, shape, block, to);
+  if constexpr (same_type<Real, double>) {
+    load_block<double, Real, kLast>(view, shape, block, to);
+  } else {
+    switch (view.dtype) {
+      case DType::float16: return load_block<Half, Real, kLast>(view, shape, block, to);
+      case DType::bfloat16: return load_block<BFloat16, Real, kLast>(view, shape, block, to);
+      default: return load_block<float, Real, kLast>(view, shape, block, to);
+    }
   }
 }
 
 template <typename Real, bool kLast>
 void store(const Real* from, const ImageTarget& target, const Shape& shape, const Block& block) {
-  switch (target.dtype) {
-    case DType::float16: return store_block<Half, Real, kLast>(from, target, shape, block);
-    case DType::bfloat16: return store_block<BFloat16, Real, kLast>(from, target, shape, block);
-    case DType::float64: return store_block<double, Real, kLast>(from, target, shape, block);
-    default: return store_block<float, Real, kLast>(from, target, shape, block);
+  if constexpr (same_type<Real, double>) {
+    store_block<double, Real, kLast>(from, target, shape, block);
+  } else {
+    switch (target.dtype) {
+      case DType::float16: return store_block<Half, Real, kLast>(from, target, shape, block);
+      case DType::bfloat16: return store_block<BFloat16, Real, kLast>(from, target, shape, block);
+      default: return store_block<float, Real, kLast>(from, target, shape, block);
+    }
   }
 }
 

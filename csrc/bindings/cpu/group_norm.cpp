@@ -81,6 +81,7 @@ Tensor group_norm_silu_bwd(
   check_cpu(x, "x");
   check_cpu(grad, "grad");
   STD_TORCH_CHECK(same_sizes(grad, x), "grad has another shape than x");
+  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "grad: allowed is the dtype of x");
   STD_TORCH_CHECK(mean.dim() == 2, "mean: allowed is [B, groups]");
   const GroupNorm norm = norm_of(as_image(x), mean.sizes()[1], weight, bias, silu);
   return any_double({&x}) ? backward<double>(grad, x, norm, mean, rstd) : backward<float>(grad, x, norm, mean, rstd);
