@@ -1,4 +1,4 @@
-// A task has all pixels of a few whole groups of one sample in a buffer of its own: a line of it is one pixel's channels
+// A task has all pixels of a few whole groups of one sample in a buffer of its own: a line of it is a pixel's channels
 // where these are neighbours in the result (kLast), else one channel's pixels.
 #include <cstdlib>
 

@@ -84,8 +84,8 @@ def mixtures(
         shown, coded_shown = (np.load(cache / file) for file in files)
         chances = picture_chances(made, len(shown)) if kind == "pictures" else None
         found[kind] = Mixture(
-            Captions(ids[:len(shown)], shown, chances=chances), Captions(coded_ids[:len(coded_shown)], coded_shown, coded_renders),
-            mark_ids(words), coder, scaling, share)
+            Captions(ids[:len(shown)], shown, chances=chances),
+            Captions(coded_ids[:len(coded_shown)], coded_shown, coded_renders), mark_ids(words), coder, scaling, share)
     return found
 
 

@@ -1,5 +1,5 @@
-// Elementary functions that vectorise and give the same bits on every device: + - * /, square roots and multiply-adds of
-// one rounding alone. Polynomials are minimax fits of the relative error.
+// Elementary functions that vectorise and give the same bits on every device: + - * /, square roots and multiply-adds
+// of one rounding alone. Polynomials are minimax fits of the relative error.
 #pragma once
 
 #include <math.h>
