@@ -10,13 +10,13 @@ inline bool channels_last(const Tensor& x) {
   return x.dim() > 2 && x.sizes()[1] > 1 && x.strides()[1] == 1 && !x.is_contiguous();
 }
 
-// Of that size, without gaps, channels-last or contiguous.
-inline Tensor empty_in_layout(const Tensor& like, bool last) {
-  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
-  if (!last) return empty_like_of(like, sizes, like.scalar_type());
+// As there: of the size of x, without gaps, channels-last if x is, else contiguous.
+inline Tensor empty_in_layout_of(const Tensor& x) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  if (!channels_last(x)) return empty_like_of(x, sizes, x.scalar_type());
   sizes.push_back(sizes[1]);
   sizes.erase(sizes.begin() + 1);
-  Tensor made = empty_like_of(like, sizes, like.scalar_type());
+  Tensor made = empty_like_of(x, sizes, x.scalar_type());
   for (int64_t dim = made.dim() - 1; dim > 1; --dim) made = torch::stable::transpose(made, dim, dim - 1);
   return made;
 }

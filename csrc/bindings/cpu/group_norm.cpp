@@ -37,7 +37,7 @@ const Real* statistics_of(const Tensor& tensor, const GroupNorm& norm, const cha
 
 template <typename Real>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& given, const GroupNorm& norm, double eps) {
-  const Tensor x = as_image(given), y = empty_in_layout(given, channels_last(given));
+  const Tensor x = as_image(given), y = empty_in_layout_of(given);
   const std::vector<int64_t> sizes{norm.shape.batch, norm.groups};
   const Tensor mean = empty_like_of(x, sizes, scalar_type_of<Real>);
   const Tensor rstd = empty_like_of(x, sizes, scalar_type_of<Real>);
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(
 template <typename Real>
 Tensor backward(
     const Tensor& grad, const Tensor& given, const GroupNorm& norm, const Tensor& mean, const Tensor& rstd) {
-  const Tensor g = as_image(grad), x = as_image(given), dx = empty_in_layout(given, channels_last(given));
+  const Tensor g = as_image(grad), x = as_image(given), dx = empty_in_layout_of(given);
   GroupNormBackwardParams<Real> params{norm, {}, {}, nullptr, nullptr, {}};
   params.grad = image_view<ImageView>(g, g.const_data_ptr(), "grad");
   params.x = image_view<ImageView>(x, x.const_data_ptr(), "x");
