@@ -13,7 +13,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tarfile
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -94,9 +94,9 @@ def package_of(revision: str) -> Path:
         return package
     shutil.rmtree(tree, ignore_errors=True)  # of a run that was broken off
     tree.mkdir(parents=True)
-    _git("archive", "--output", str(tree / "all.tar"), name, check=True)
-    with tarfile.open(tree / "all.tar") as archive:
-        archive.extractall(tree, filter="data")
+    _git("archive", "--output", str(tree / "all.zip"), name, check=True)
+    with zipfile.ZipFile(tree / "all.zip") as archive:
+        archive.extractall(tree)
     if _git("diff", "--quiet", name, "--", "csrc").returncode:
         subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tree, check=True)
     elif (ROOT / "palp_fast" / "lib").is_dir():

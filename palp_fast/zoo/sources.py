@@ -6,6 +6,8 @@ import subprocess
 import tarfile
 from pathlib import Path
 
+# Python before 3.11.4 has no filters; what is unpacked is known by its digest there too.
+FILTER = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
 # package -> (version, sha256 of the npm tarball)
 PACKAGES = {
     "@lobehub/fluent-emoji-3d": ("1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"),
@@ -37,7 +39,7 @@ def fetch(cache: Path) -> None:
             raise RuntimeError(f"{package}@{version}: sha256 {found}, expected {digest}")
         partial = target.with_suffix(".partial")
         with tarfile.open(tarball) as archive:
-            archive.extractall(partial, filter="data")
+            archive.extractall(partial, **FILTER)
         (partial / "package").rename(target)
         partial.rmdir()
         tarball.unlink()
