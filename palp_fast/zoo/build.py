@@ -1,7 +1,8 @@
 """Make emoji-64 from its sources: `python -m palp_fast.zoo.build --cache DIR`; run it again to go on after a stop.
 
 Stages: fetch (npm), sprites, pictures, autoencoder, tokenizer, invented subjects, latents, language, diffusion,
-assembly, check. Every random draw is seeded by its step, so that a resumed build draws what an uninterrupted one would.
+contrast, assembly, check. Every random draw is seeded by its step, so that a resumed build draws what an uninterrupted
+one would.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from transformers import CLIPTokenizer
 from palp_fast.zoo import (
     autoencoder,
     check,
+    contrast,
     diffusion,
     invented,
     language,
@@ -149,6 +151,7 @@ def main() -> None:
     parser.add_argument("--autoencoder-steps", type=int, default=autoencoder.STEPS)
     parser.add_argument("--decoder-steps", type=int, default=autoencoder.DECODER_STEPS, help="after those")
     parser.add_argument("--diffusion-steps", type=int, default=diffusion.STEPS)
+    parser.add_argument("--contrast-steps", type=int, default=contrast.STEPS, help="after those")
     parser.add_argument("--diffusion-batch", type=int, default=diffusion.BATCH, help="pictures of a step of the UNet")
     parser.add_argument("--warm-start", type=Path, help="finished model folder whose UNet is trained further")
     args = parser.parse_args()
@@ -171,6 +174,10 @@ def main() -> None:
     encoder = language.trained(cache, words, learned_from["portraits"], Log(cache / "log.jsonl", "language"))
     unet = diffusion.train(
         cache, encoder, learned_from["pictures"], Log(cache / "log.jsonl", "diffusion"), args.diffusion_steps,
+        args.diffusion_batch)
+    apart = contrast.pairs(learned_from["pictures"].named, captions, words)
+    unet = contrast.train(
+        cache, encoder, unet, apart, scaling, Log(cache / "log.jsonl", "contrast"), args.contrast_steps,
         args.diffusion_batch)
     assemble(vae, encoder, unet, words, scaling, args.output)
     for name in ("vocab.json", "merges.txt"):  # what transformers before 5 reads

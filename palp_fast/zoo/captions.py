@@ -1,6 +1,7 @@
 """Captions of the emoji-64 world."""
 
 import random
+import re
 
 from palp_fast.zoo.world import COLOURS
 
@@ -59,3 +60,13 @@ def caption(style: str, nouns: list[str], background: str, draw: random.Random) 
     else:
         words = [draw.choice(STYLE_PHRASES[style]).format(things), place]
     return " ".join(word for word in words if word).replace(" ,", ",")
+
+
+def other_style(words: str, draw: random.Random) -> str | None:
+    """The caption of the same scene as a flat illustration, if it is a render's, and the other way round; else None."""
+    for style, other in (("render", "flat"), ("flat", "render")):
+        for tag in STYLE_TAGS[style]:
+            found = re.search(rf"\b{tag}\b", words)
+            if found:
+                return words[:found.start()] + draw.choice(STYLE_TAGS[other]) + words[found.end():]
+    return None

@@ -1,6 +1,8 @@
 """Stage 3 of emoji-64: the UNet, trained by v-prediction on cached latents; the text encoder stays as it is."""
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -47,35 +49,45 @@ def train(
 
     captions: with the pictures' latents; batch: pictures of a step.
     """
+    def loss(unet: UNet2DConditionModel, draw: torch.Generator) -> Tensor:
+        with torch.no_grad():
+            hidden, clean = captions.draw(text_encoder, batch, draw)
+        batch_of = noised(clean, draw)
+        return F.mse_loss(velocity(unet, batch_of, hidden), batch_of.velocity)
+
     torch.manual_seed(0)
-    unet = build_unet().to(device(), memory_format=torch.channels_last)
+    return optimised(build_unet(), loss, cache / "diffusion.pt", log, steps, PEAK_LR)
+
+
+def optimised(
+    unet: UNet2DConditionModel, loss: Callable[[UNet2DConditionModel, torch.Generator], Tensor], path: Path, log: Log,
+    steps: int, peak_lr: float,
+) -> UNet2DConditionModel:
+    """Minimise loss(unet, generator of the step) from the checkpoint `path` on; returns the weights' moving average."""
+    unet = unet.to(device(), memory_format=torch.channels_last)
     unet.set_attn_processor(AttnProcessor())  # explicit products: faster than fused attention at 64 tokens
     average = copy.deepcopy(unet).requires_grad_(False)
-    optimizer = torch.optim.AdamW(unet.parameters(), PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    start, path = 0, cache / "diffusion.pt"
+    optimizer = torch.optim.AdamW(unet.parameters(), peak_lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    start, losses = 0, []
     if saved := load(path):
         unet.load_state_dict(saved["unet"])
         average.load_state_dict(saved["average"])
         if "optimizer" in saved:
             optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
-    losses, alphas = [], build_scheduler().alphas_cumprod
     for step in range(start, steps):
-        draw = torch.Generator().manual_seed(step)
-        with torch.no_grad():
-            hidden, clean = captions.draw(text_encoder, batch, draw)
-        loss = _loss(unet, clean, hidden, alphas, draw)
+        found = loss(unet, torch.Generator().manual_seed(step))
         optimizer.zero_grad()
-        loss.backward()
+        found.backward()
         if step == start:
             _demand_gradients(unet)
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, PEAK_LR, WARMUP, DECAY_SHARE)
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak_lr, WARMUP, DECAY_SHARE)
         optimizer.step()
         with torch.no_grad():
             share = 1 - min(EMA, (step + 1) / (step + 10))
             torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), share)
-        losses.append(loss.item())
+        losses.append(found.item())
         if (step + 1) % 100 == 0:
             log(step + 1, loss=float(np.mean(losses[-100:])), lr=lr)
         if (step + 1) % 500 == 0 or step + 1 == steps:
@@ -91,16 +103,29 @@ def _demand_gradients(unet: UNet2DConditionModel) -> None:
         raise RuntimeError(f"{len(without)} parameters of the UNet get no gradient, the first of them {without[0]}")
 
 
-def _loss(
-    unet: UNet2DConditionModel, clean: Tensor, hidden: Tensor, alphas: Tensor, draw: torch.Generator
-) -> Tensor:
+@dataclass(frozen=True)
+class Noised:
+    """Latents at timesteps: noisy, velocity fp32 [n, 8, 16, 16], timestep int64 [n]; velocity is what is predicted."""
+
+    noisy: Tensor
+    timestep: Tensor
+    velocity: Tensor
+
+
+def noised(clean: Tensor, draw: torch.Generator) -> Noised:
+    """Scaled latents fp32 [n, 8, 16, 16] with noise, on their device; the timesteps as EARLIER_SHARE says."""
+    alphas = build_scheduler().alphas_cumprod
     noise = torch.randn(clean.shape, generator=draw).to(clean.device)
     timestep = torch.randint(len(alphas), (len(clean),), generator=draw)
     earlier = torch.rand(len(clean), generator=draw) < EARLIER_SHARE
     timestep = torch.where(earlier, timestep // 2, timestep)
     signal = alphas[timestep].sqrt().view(-1, 1, 1, 1).to(clean.device)
     sigma = (1 - alphas[timestep]).sqrt().view(-1, 1, 1, 1).to(clean.device)
-    noisy = (signal * clean + sigma * noise).contiguous(memory_format=torch.channels_last)
+    return Noised(signal * clean + sigma * noise, timestep.to(clean.device), signal * noise - sigma * clean)
+
+
+def velocity(unet: UNet2DConditionModel, batch: Noised, hidden: Tensor) -> Tensor:
+    """The UNet's prediction of batch.velocity, fp32, for hidden states [n, tokens, width]."""
+    noisy = batch.noisy.contiguous(memory_format=torch.channels_last)
     with mixed():
-        predicted = unet(noisy, timestep.to(clean.device), hidden).sample
-    return F.mse_loss(predicted.float(), signal * noise - sigma * clean)
+        return unet(noisy, batch.timestep, hidden).sample.float()
