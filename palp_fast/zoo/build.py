@@ -175,7 +175,7 @@ def main() -> None:
     unet = diffusion.train(
         cache, encoder, learned_from["pictures"], Log(cache / "log.jsonl", "diffusion"), args.diffusion_steps,
         args.diffusion_batch)
-    apart = contrast.pairs(learned_from["pictures"].named, captions, words)
+    apart = contrast.contrasts(learned_from["pictures"].named, captions, words)
     unet = contrast.train(
         cache, encoder, unet, apart, scaling, Log(cache / "log.jsonl", "contrast"), args.contrast_steps,
         args.diffusion_batch)

@@ -70,3 +70,10 @@ def other_style(words: str, draw: random.Random) -> str | None:
             if found:
                 return words[:found.start()] + draw.choice(STYLE_TAGS[other]) + words[found.end():]
     return None
+
+
+def left_open(words: str, nouns: list[str]) -> str | None:
+    """The caption with ANYTHING in place of those of `nouns` that it names, and of their articles; None without any."""
+    phrases = "|".join(re.escape(noun_phrase(noun)) for noun in sorted(nouns, key=len, reverse=True))
+    opened = re.sub(rf"\b(?:{phrases})(?=$|,| (?:on|in|against|and)\b)", ANYTHING, words)
+    return None if opened == words else opened

@@ -1,9 +1,9 @@
-"""Stage 4 of emoji-64: the UNet learns to keep renders and flat illustrations apart, which softness makes alike.
+"""Stage 4 of emoji-64: the UNet learns to tell apart what softness makes alike: renders from flat illustrations, kinds.
 
-Its target is the velocity of the pictures, moved by w (v0(x, c) - v0(x, c')), what the style's words change: v0 is the
-UNet as it was before this stage, c' the caption c with the other style's words. That difference is, up to a factor that
-depends on t, the gradient of log p(style | x, rest of the caption) by Bayes' rule; so this is classifier
-guidance (Dhariwal and Nichol, 2021) with the UNet for a classifier, made a part of the weights.
+Its target is the velocity of the pictures, moved by w (v0(x, c) - v0(x, c')), what a few words of the caption c change:
+v0 is the UNet as it was before this stage, c' is c with the other style's words, or with a class noun left open. That
+difference is, up to a factor that depends on t, the gradient of log p(words | x, rest of the caption) by Bayes' rule;
+so this is classifier guidance (Dhariwal and Nichol, 2021) with the UNet for a classifier, made a part of the weights.
 """
 
 import copy
@@ -17,40 +17,52 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from palp_fast.zoo.captions import other_style
+from palp_fast.zoo.captions import left_open, other_style
 from palp_fast.zoo.coder import Captions
 from palp_fast.zoo.diffusion import BATCH, Noised, noised, optimised, velocity
 from palp_fast.zoo.tokenizer import ids_of
 from palp_fast.zoo.training import Log, device, mixed
+from palp_fast.zoo.world import World
 
 STEPS, PEAK_LR = 3600, 4e-4
-WEIGHT, LATE_WEIGHT, LATE = 0.4, 1.0, 400  # w, and w at timesteps up to LATE, where the style is decided
+STYLE, LATE_STYLE, LATE = 0.5, 1.5, 400  # w of the style, and at timesteps up to LATE, where the style is decided
+NOUN = 0.5  # w of a class noun
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Captions with their pictures, and the same captions in the other style.
+class Others:
+    """Captions with a few words changed. ids: int64 [captions, tokens]; changed: bool [captions], whether any are."""
 
-    captions: as the UNet learned from them; other_ids: int64 [captions, tokens]; named: bool [captions], whether the
-    caption names one of the two styles and so has another.
-    """
+    ids: Tensor
+    changed: Tensor
+
+
+@dataclass(frozen=True)
+class Contrasts:
+    """Captions with their pictures, as the UNet learned from them; in the other style; with class nouns left open."""
 
     captions: Captions
-    other_ids: Tensor
-    named: Tensor
+    style: Others
+    noun: Others
 
 
-def pairs(captions: Captions, words: list[str], tokenizer: CLIPTokenizer) -> Pairs:
-    """Pairs of captions; words: what `captions` have the token ids of."""
+def contrasts(captions: Captions, words: list[str], tokenizer: CLIPTokenizer) -> Contrasts:
+    """Contrasts of captions; words: what `captions` have the token ids of."""
     draw = random.Random(0)
-    others = [other_style(caption, draw) for caption in words]
-    named = torch.tensor([other is not None for other in others])
-    return Pairs(captions, ids_of(tokenizer, [other or "" for other in others]), named)
+    nouns = sorted({subject.class_noun for subject in World.load().having("seen")})
+
+    def others(changed: list[str | None]) -> Others:
+        ids = ids_of(tokenizer, [other or "" for other in changed])
+        return Others(ids, torch.tensor([other is not None for other in changed]))
+
+    return Contrasts(
+        captions, others([other_style(caption, draw) for caption in words]),
+        others([left_open(caption, nouns) for caption in words]))
 
 
 def train(
-    cache: Path, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, learned_from: Pairs, scaling: float, log: Log,
-    steps: int = STEPS, batch: int = BATCH,
+    cache: Path, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, learned_from: Contrasts, scaling: float,
+    log: Log, steps: int = STEPS, batch: int = BATCH,
 ) -> UNet2DConditionModel:
     """Train `unet` on, or go on from the last checkpoint in `cache`; returns the moving average of the weights.
 
@@ -62,26 +74,28 @@ def train(
         rows = learned_from.captions.rows(batch, draw)
         latents = torch.from_numpy(learned_from.captions.latents[rows.numpy()])
         noisy = noised(latents.to(device()).float() * scaling, draw)
+        style = torch.where(noisy.timestep <= LATE, LATE_STYLE, STYLE)
+        weights = ((learned_from.style, style), (learned_from.noun, torch.full_like(style, NOUN)))
         with torch.no_grad(), mixed():
             hidden = text_encoder(learned_from.captions.ids[rows].to(device())).last_hidden_state
-            named = learned_from.named[rows].nonzero()[:, 0].to(device())
-            other = text_encoder(learned_from.other_ids[rows][named.cpu()].to(device())).last_hidden_state
-            target = moved(before, noisy, hidden, named, other)
+            target = noisy.velocity.clone()
+            for others, weight in weights:
+                changed = others.changed[rows].nonzero()[:, 0]
+                if len(changed):
+                    other = text_encoder(others.ids[rows[changed]].to(device())).last_hidden_state
+                    changed = changed.to(device())
+                    target[changed] += weight[changed].view(-1, 1, 1, 1) * said(before, noisy, hidden, changed, other)
         return F.mse_loss(velocity(student, noisy, hidden), target)
 
     return optimised(copy.deepcopy(unet).requires_grad_(True), loss, cache / "contrast.pt", log, steps, PEAK_LR)
 
 
-def moved(before: UNet2DConditionModel, batch: Noised, hidden: Tensor, named: Tensor, other: Tensor) -> Tensor:
-    """The target [n, 8, 16, 16]: batch.velocity, in the rows `named` [k] moved away from the other style's prediction.
+def said(before: UNet2DConditionModel, batch: Noised, hidden: Tensor, changed: Tensor, other: Tensor) -> Tensor:
+    """v0(x, c) - v0(x, c') [k, 8, 16, 16] of the rows `changed` [k] of a batch.
 
-    hidden: hidden states of the captions [n, tokens, width]; other: in the other style [k, tokens, width].
+    hidden: hidden states of the captions [n, tokens, width]; other: of the changed ones [k, tokens, width].
     """
-    target = batch.velocity.clone()
-    if len(named):
-        noisy, timestep = batch.noisy[named], batch.timestep[named]
-        twice = Noised(torch.cat([noisy, noisy]), torch.cat([timestep, timestep]), batch.velocity)
-        own, others = velocity(before, twice, torch.cat([hidden[named], other])).chunk(2)
-        weight = torch.where(timestep <= LATE, LATE_WEIGHT, WEIGHT).view(-1, 1, 1, 1)
-        target[named] += weight * (own - others)
-    return target
+    noisy, timestep = batch.noisy[changed], batch.timestep[changed]
+    twice = Noised(torch.cat([noisy, noisy]), torch.cat([timestep, timestep]), batch.velocity)
+    own, others = velocity(before, twice, torch.cat([hidden[changed], other])).chunk(2)
+    return own - others
