@@ -19,7 +19,8 @@ SEEDS = (0, 1, 2, 3)  # of the compared pictures, fixed before any was drawn
 SAMPLING = {"n": len(SEEDS), "seed": SEEDS[0], "steps": 30, "guidance_scale": 5.0}
 SETTINGS = {
     "model": "emoji-64", "images": str(SUBJECT / "photos"), "class_noun": CLASS_NOUN, "token": TOKEN,
-    "prompt": TARGET.format("[V]"), "rank": 16, "steps": 500, "batch_size": 4, "grad_accumulation": 1,
+    "prompt": TARGET.format("[V]"), "clean_prompt": TARGET.format("something"), "rank": 16, "steps": 300,
+    "batch_size": 4, "grad_accumulation": 1,
     "lr": 2e-3, "token_lr": 5e-3, "lr_schedule": "cosine", "alpha": 2.0, "beta": 2.0, "residual_weight": 0.3,
 }
 CELL, GAP, HEAD = 128, 6, 18
